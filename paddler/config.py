@@ -1,0 +1,97 @@
+"""What the daemons are told: frozen, validated once, with every default that is not on the wire.
+
+Durations are seconds. The command line (cli.py) builds these from its flags; tests build them with
+short deadlines.
+"""
+
+import enum
+from pathlib import Path
+
+import attrs
+
+MAX_JSON_BODY_BYTES = 2 * 1024 * 1024
+"""Largest JSON body of a request."""
+
+MAX_CLIENT_MESSAGE_BYTES = 50 * 1024 * 1024
+"""Largest WebSocket message of a client."""
+
+MAX_LINK_MESSAGE_BYTES = MAX_CLIENT_MESSAGE_BYTES + 1024 * 1024
+"""Largest message of the agent link and frame of the engine's pipe: a client's message in its envelope."""
+
+
+class KvLayout(enum.StrEnum):
+    """How KV cache cells are given to slots; see docs/agent.md."""
+
+    AUTO = "auto"
+    SHARED = "shared"
+    PER_SLOT = "per-slot"
+
+
+@attrs.frozen
+class Address:
+    """A TCP address; `host` is resolved, `text` is what was typed."""
+
+    host: str
+    port: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@attrs.frozen(kw_only=True)
+class BalancerConfig:
+    """Settings of one balancer."""
+
+    inference_address: Address
+    management_address: Address
+    inference_cors_allowed_hosts: tuple[str, ...] = ()
+    management_cors_allowed_hosts: tuple[str, ...] = ()
+    buffered_request_timeout: float = 10.0
+    inference_item_timeout: float = 30.0
+    max_buffered_requests: int = 30
+    state_database: str = "memory://"
+    statsd_address: Address | None = None
+    statsd_prefix: str = "paddler_"
+    statsd_reporting_interval: float = 10.0
+    liveness_timeout: float = 12.0
+    registration_timeout: float = 10.0
+    answer_timeout: float = 3.0
+
+
+@attrs.frozen(kw_only=True)
+class EngineTimeouts:
+    """When an engine process counts as failed (engine notes §0, behaviour §16)."""
+
+    start: float = 30.0
+    """From spawn to the child's first frame."""
+    load_silence: float = 60.0
+    """Without a progress report while loading."""
+    step: float = 30.0
+    """Lower bound of the wait for a frame while work is open; 20 × the slowest turn when that is longer."""
+    standstill: float = 2.0
+    """Child stopped, or its CPU time standing still, while work is open."""
+    stop: float = 5.0
+    """From `stop` to the child's end."""
+
+
+@attrs.frozen(kw_only=True)
+class AgentConfig:
+    """Settings of one agent."""
+
+    management_address: Address
+    slots: int
+    name: str | None = None
+    kv_layout: KvLayout = KvLayout.AUTO
+    threads: int | None = None
+    """Engine threads; None chooses by the host."""
+    liveness_timeout: float = 12.0
+    connect_timeout: float = 5.0
+    disconnect_timeout: float = 1.0
+    preparation_timeout: float = 10.0
+    engine_timeouts: EngineTimeouts = EngineTimeouts()
+
+
+def bundled_model_path() -> Path:
+    """Return the path of the chat model that comes with the package."""
+    return Path(__file__).parent / "models" / "data" / "paddler-tiny-chat.gguf"

@@ -1,0 +1,140 @@
+"""What clients ask for: raw prompts, conversations, embedding batches, with tools and grammars.
+
+Shapes of inference-api §2. Every object is strict: an unknown key refuses the request.
+"""
+
+from typing import Any, Literal
+
+import attrs
+
+from paddler.messages.numbers import Float32, Int32
+
+
+@attrs.frozen
+class TextPart:
+    """A piece of text of a message; `{"type": "text", "text": …}`."""
+
+    text: str
+
+
+@attrs.frozen
+class ImageUrl:
+    url: str
+
+
+@attrs.frozen
+class ImagePart:
+    """An image of a message, as a data URI; `{"type": "image_url", "image_url": {"url": …}}`."""
+
+    image_url: ImageUrl
+
+
+ContentPart = TextPart | ImagePart
+
+
+@attrs.frozen
+class ConversationMessage:
+    """One turn; `role` is free text and reaches the chat template unchanged."""
+
+    role: str
+    content: str | tuple[ContentPart, ...]
+
+
+@attrs.frozen
+class GbnfGrammar:
+    """llama.cpp's grammar text and the name of its start rule."""
+
+    grammar: str
+    root: str
+
+
+@attrs.frozen
+class JsonSchemaGrammar:
+    """A JSON Schema, serialised as a string."""
+
+    schema: str
+
+
+Grammar = GbnfGrammar | JsonSchemaGrammar
+
+
+@attrs.frozen
+class ToolParameters:
+    """The arguments of a tool; only these four keys are accepted at this level."""
+
+    type: str
+    properties: dict[str, Any] | None = None
+    required: tuple[str, ...] | None = None
+    additionalProperties: Any = None  # noqa: N815 the wire's own key
+
+
+@attrs.frozen
+class ToolFunction:
+    name: str
+    description: str
+    parameters: ToolParameters | None = None
+
+
+@attrs.frozen
+class Tool:
+    function: ToolFunction
+    type: Literal["function"] = attrs.field(kw_only=True)
+
+
+@attrs.frozen
+class ContinueFromRawPrompt:
+    """Generate from an already rendered prompt."""
+
+    max_tokens: Int32
+    raw_prompt: str
+    grammar: Grammar | None = None
+
+
+@attrs.frozen
+class ContinueFromConversationHistory:
+    """Render a conversation with the chat template, then generate."""
+
+    add_generation_prompt: bool
+    conversation_history: tuple[ConversationMessage, ...]
+    enable_thinking: bool
+    max_tokens: Int32
+    grammar: Grammar | None = None
+    parse_tool_calls: bool = False
+    tools: tuple[Tool, ...] = ()
+
+
+TokenRequest = ContinueFromRawPrompt | ContinueFromConversationHistory
+
+
+@attrs.frozen
+class RmsNorm:
+    epsilon: Float32
+
+
+NormalizationMethod = Literal["None", "L2"] | RmsNorm
+
+
+@attrs.frozen
+class EmbeddingDocument:
+    id: str
+    content: str
+
+
+@attrs.frozen
+class GenerateEmbeddingBatch:
+    input_batch: tuple[EmbeddingDocument, ...]
+    normalization_method: NormalizationMethod
+
+
+def undeclared_required_field(request: TokenRequest) -> str | None:
+    """Return the first name that a tool requires but does not declare, or None (inference-api §2.4)."""
+    if isinstance(request, ContinueFromRawPrompt):
+        return None
+    for tool in request.tools:
+        parameters = tool.function.parameters
+        if parameters is None or parameters.properties is None or parameters.required is None:
+            continue
+        for name in parameters.required:
+            if name not in parameters.properties:
+                return name
+    return None

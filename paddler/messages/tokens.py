@@ -1,0 +1,152 @@
+"""What an agent answers to a token request: token messages, events, terminals.
+
+Shapes of inference-api §4.2 and §4.3, externally tagged. A variant whose only field is called
+`payload` is written as that payload itself. Token messages are on the hot path and never built
+as objects there: they travel as (Section, escaped JSON string), see agent_socket.py.
+"""
+
+import enum
+from typing import Any
+
+import attrs
+
+from paddler.messages.numbers import Int32, Unsigned
+
+
+class Section(enum.Enum):
+    """What a generated token is part of; the value is the letter of the step frame."""
+
+    CONTENT = "C"
+    REASONING = "R"
+    TOOL_CALL = "T"
+    UNDETERMINABLE = "U"
+
+
+TOKEN_VARIANTS = {
+    Section.CONTENT: "ContentToken",
+    Section.REASONING: "ReasoningToken",
+    Section.TOOL_CALL: "ToolCallToken",
+    Section.UNDETERMINABLE: "UndeterminableToken",
+}
+
+
+@attrs.frozen
+class Usage:
+    """Token counts of one request (inference-api §4.3)."""
+
+    prompt_tokens: Unsigned = 0
+    cached_prompt_tokens: Unsigned = 0
+    input_image_tokens: Unsigned = 0
+    input_audio_tokens: Unsigned = 0
+    content_tokens: Unsigned = 0
+    reasoning_tokens: Unsigned = 0
+    tool_call_tokens: Unsigned = 0
+    undeterminable_tokens: Unsigned = 0
+
+
+@attrs.frozen
+class Done:
+    """Normal end: end of generation, `max_tokens`, or a stop that was asked for."""
+
+    usage: Usage
+
+
+@attrs.frozen
+class ChatTemplateError:
+    payload: str
+
+
+@attrs.frozen
+class DetokenizationFailed:
+    payload: str
+
+
+@attrs.frozen
+class GrammarIncompatibleWithThinking:
+    payload: str
+
+
+@attrs.frozen
+class GrammarInitializationFailed:
+    payload: str
+
+
+@attrs.frozen
+class GrammarRejectedModelOutput:
+    payload: str
+
+
+@attrs.frozen
+class GrammarSyntaxError:
+    payload: str
+
+
+@attrs.frozen
+class ImageDecodingFailed:
+    payload: str
+
+
+@attrs.frozen
+class ImageExceedsBatchSize:
+    image_tokens: Unsigned
+    n_batch: Int32
+
+
+@attrs.frozen
+class MultimodalNotSupported:
+    payload: str
+
+
+@attrs.frozen
+class SamplerError:
+    payload: str
+
+
+@attrs.frozen
+class TokenGenerationDisabled:
+    payload: str
+
+
+@attrs.frozen
+class ToolSchemaInvalid:
+    payload: str
+
+
+Terminal = (
+    Done
+    | ChatTemplateError
+    | DetokenizationFailed
+    | GrammarIncompatibleWithThinking
+    | GrammarInitializationFailed
+    | GrammarRejectedModelOutput
+    | GrammarSyntaxError
+    | ImageDecodingFailed
+    | ImageExceedsBatchSize
+    | MultimodalNotSupported
+    | SamplerError
+    | TokenGenerationDisabled
+    | ToolSchemaInvalid
+)
+
+
+@attrs.frozen
+class StreamError:
+    """The `error` of an `Error` envelope (inference-api §4.1)."""
+
+    code: Int32
+    description: str
+
+
+TOKEN_GENERATION_DISABLED_TEXT = "Token generation is disabled while the cluster is configured for embeddings"  # noqa: S105 no secret
+
+
+def response_envelope(*, generated_by: str | None, request_id: str, response: Any) -> dict[str, Any]:
+    """Return the `Response` envelope of inference-api §4 around an already unstructured response."""
+    return {"Response": {"generated_by": generated_by, "request_id": request_id, "response": response}}
+
+
+def error_envelope(*, request_id: str, error: StreamError) -> dict[str, Any]:
+    """Return the `Error` envelope of inference-api §4.1."""
+    return {
+        "Error": {"error": {"code": error.code, "description": error.description}, "request_id": request_id}
+    }
