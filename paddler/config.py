@@ -38,6 +38,21 @@ class Address:
     def __str__(self) -> str:
         return self.text
 
+    def at_port(self, port: int) -> "Address":
+        """Return this address with the port that was really bound, which matters when 0 was asked for."""
+        return self if port == self.port else attrs.evolve(self, port=port, text=f"{self.bracketed}:{port}")
+
+    @property
+    def bracketed(self) -> str:
+        """The host as it stands in a URL."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def url(self) -> str:
+        """An HTTP URL that clients on this machine can use, also when every interface was bound."""
+        local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.bracketed)  # noqa: S104 nothing is bound
+        return f"http://{local}:{self.port}"
+
 
 @attrs.frozen(kw_only=True)
 class BalancerConfig:
@@ -68,7 +83,7 @@ class EngineTimeouts:
     load_silence: float = 60.0
     """Without a progress report while loading."""
     step: float = 30.0
-    """Lower bound of the wait for a frame while work is open; 20 × the slowest turn when that is longer."""
+    """Until a frame comes while work is open; 20 times the slowest turn when that is longer."""
     standstill: float = 2.0
     """Child stopped, or its CPU time standing still, while work is open."""
     stop: float = 5.0

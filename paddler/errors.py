@@ -21,6 +21,16 @@ class ConfigurationError(PaddlerError):
         return self.reason
 
 
+@attrs.define(eq=False)
+class StateStoreError(PaddlerError):
+    """The desired state could not be read or written."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class RequestRefused(PaddlerError):
     """A request that never reached an agent."""
 

@@ -21,6 +21,9 @@ from paddler.messages.numbers import FloatRange, IntRange
 
 T = TypeVar("T")
 
+MAX_NESTING = 100
+"""Deepest nesting where the shape is the client's own: schemas of tool arguments."""
+
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
@@ -42,8 +45,10 @@ def encode(message: object, form: Any = None) -> str:
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON text; NaN, Infinity and lone surrogates are refused. Raises RemoteProtocolError."""
     try:
+        if isinstance(text, bytes):
+            text = text.decode()  # json.loads would guess the encoding and let encoded surrogates pass
         value = json.loads(text, parse_constant=_refuse_constant)
-        if _SURROGATE_ESCAPE.search(text if isinstance(text, str) else text.decode("latin-1")):
+        if _SURROGATE_ESCAPE.search(text):
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be tokenised or sent on
     except (ValueError, RecursionError) as error:
         raise RemoteProtocolError(str(error)) from None
@@ -104,9 +109,26 @@ def _exactly(kind: type[T], name: str) -> Any:
 _converter.register_structure_hook(str, _exactly(str, "a string"))
 _converter.register_structure_hook(bool, _exactly(bool, "a boolean"))
 _converter.register_structure_hook(int, _exactly(int, "an integer"))
-_converter.register_structure_hook_func(
-    lambda form: form == dict[str, Any], _exactly(cast("type[dict[str, Any]]", dict), "an object")
-)
+
+
+def _structure_any_json(value: Any, form: Any) -> Any:
+    """Accept JSON of any shape, but none so deep that writing it again could run out of stack."""
+    if form is not Any:
+        _require_object(value)
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"nested deeper than {MAX_NESTING} levels")
+
+
+_converter.register_structure_hook_func(lambda form: form in (Any, dict[str, Any]), _structure_any_json)
 
 
 def _structure_enum(value: Any, form: Any) -> enum.Enum:

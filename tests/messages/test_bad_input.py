@@ -1,0 +1,233 @@
+"""What does not have the documented shape is refused, with a sentence that names the place."""
+
+import json
+import re
+from typing import Any, cast
+
+import pytest
+
+from paddler.errors import RemoteProtocolError
+from paddler.messages.agent_socket import AgentFrame, BalancerFrame, Generate
+from paddler.messages.inference import (
+    ContinueFromConversationHistory,
+    ContinueFromRawPrompt,
+    GenerateEmbeddingBatch,
+)
+from paddler.messages.inference_socket import ClientFrame
+from paddler.messages.state import DesiredState
+from paddler.messages.wire import MAX_NESTING, decode, encode
+from tests.messages.test_documented_shapes import (
+    CONVERSATION_JSON,
+    DEFAULT_PARAMETERS_JSON,
+    DEFAULT_STATE_JSON,
+)
+
+RAW_PROMPT_JSON = {"max_tokens": 1, "raw_prompt": "x"}
+
+
+def raw_prompt(**changes: Any) -> tuple[Any, Any]:
+    return ContinueFromRawPrompt, RAW_PROMPT_JSON | changes
+
+
+def conversation(**changes: Any) -> tuple[Any, Any]:
+    return ContinueFromConversationHistory, CONVERSATION_JSON | changes
+
+
+def turn(**message: Any) -> tuple[Any, Any]:
+    return conversation(conversation_history=[message])
+
+
+def tool(function: dict[str, Any], **changes: Any) -> tuple[Any, Any]:
+    return conversation(tools=[{"type": "function", "function": function} | changes])
+
+
+def state(**changes: Any) -> tuple[Any, Any]:
+    return DesiredState, DEFAULT_STATE_JSON | changes
+
+
+def parameters(**changes: Any) -> tuple[Any, Any]:
+    return state(inference_parameters=DEFAULT_PARAMETERS_JSON | changes)
+
+
+def without(name: str, form: Any, value: dict[str, Any]) -> tuple[Any, Any]:
+    return form, {key: item for key, item in value.items() if key != name}
+
+
+REFUSED: list[tuple[tuple[Any, Any], str]] = [
+    # kinds of JSON values: none is converted into another
+    ((ContinueFromRawPrompt, []), "expected an object, got an array"),
+    ((ContinueFromRawPrompt, None), "expected an object, got null"),
+    (raw_prompt(max_tokens="1"), "expected an integer, got a string @ $.max_tokens"),
+    (raw_prompt(max_tokens=1.0), "expected an integer, got a number @ $.max_tokens"),
+    (raw_prompt(max_tokens=True), "expected an integer, got a boolean @ $.max_tokens"),
+    (raw_prompt(max_tokens=2**31), "integer 2147483648 is out of range @ $.max_tokens"),
+    (raw_prompt(raw_prompt=None), "expected a string, got null @ $.raw_prompt"),
+    (conversation(enable_thinking=0), "expected a boolean, got an integer @ $.enable_thinking"),
+    (conversation(tools=None), "expected an array, got null @ $.tools"),
+    (parameters(temperature="hot"), "expected a number, got a string @ $.inference_parameters.temperature"),
+    (parameters(temperature=1e39), "number is out of range @ $.inference_parameters.temperature"),
+    (parameters(n_batch=-1), "integer -1 is out of range @ $.inference_parameters.n_batch"),
+    # keys
+    (
+        without("max_tokens", ContinueFromRawPrompt, RAW_PROMPT_JSON),
+        "missing field `max_tokens` @ $.max_tokens",
+    ),
+    (without("model", DesiredState, DEFAULT_STATE_JSON), "missing field `model` @ $.model"),
+    (raw_prompt(top_k=1, seed=2), "unknown field `seed`, `top_k`"),
+    (state(extra=1), "unknown field `extra`"),
+    (parameters(seed=1), "unknown field `seed` @ $.inference_parameters"),
+    (
+        turn(role="user", content="x", name="a"),
+        "unknown field `name` @ $.conversation_history[0]",
+    ),
+    (turn(role="user"), "missing field `content` @ $.conversation_history[0].content"),
+    # content
+    (
+        turn(role="user", content=5),
+        "expected a string or an array of parts, got an integer @ $.conversation_history[0].content",
+    ),
+    (
+        turn(role="user", content=[{"type": "audio"}]),
+        "unknown `type`, expected one of `image_url`, `text` @ $.conversation_history[0].content[0]",
+    ),
+    (
+        turn(role="user", content=[{"text": "x"}]),
+        "missing field `type` @ $.conversation_history[0].content[0]",
+    ),
+    (
+        turn(role="user", content=[{"type": "image_url", "image_url": {"url": "x", "detail": "low"}}]),
+        "unknown field `detail` @ $.conversation_history[0].content[0].image_url",
+    ),
+    # grammars and tools
+    (raw_prompt(grammar={}), "missing field `type` @ $.grammar"),
+    (
+        raw_prompt(grammar={"type": "regex"}),
+        "unknown `type`, expected one of `gbnf`, `json_schema` @ $.grammar",
+    ),
+    (raw_prompt(grammar={"type": "gbnf", "grammar": "x"}), "missing field `root` @ $.grammar.root"),
+    (
+        raw_prompt(grammar={"type": "json_schema", "schema": {}}),
+        "expected a string, got an object @ $.grammar.schema",
+    ),
+    (tool({"name": "a"}), "missing field `description` @ $.tools[0].function.description"),
+    (
+        tool({"name": "a", "description": "", "parameters": {"type": "object", "$schema": "x"}}),
+        "unknown field `$schema` @ $.tools[0].function.parameters",
+    ),
+    (
+        tool({"name": "a", "description": "", "parameters": {"type": "object", "properties": []}}),
+        "expected an object, got an array @ $.tools[0].function.parameters.properties",
+    ),
+    # choices
+    (
+        parameters(k_cache_dtype="Q9"),
+        (
+            "unknown variant `Q9`, expected one of `F32`, `F16`, `BF16`, `Q8_0`, `Q4_0`, `Q4_1`, `IQ4_NL`, "
+            "`Q5_0`, `Q5_1` @ $.inference_parameters.k_cache_dtype"
+        ),
+    ),
+    (
+        state(model="Nothing"),
+        "unknown variant `Nothing`, expected one of `HuggingFace`, `LocalToAgent`, `None`, `Url` @ $.model",
+    ),
+    (state(model={"LocalToAgent": 5}), "expected a string, got an integer @ $.model"),
+    (
+        state(model={"Url": {"url": "a"}, "LocalToAgent": "b"}),
+        (
+            "expected an object with exactly one key, one of `HuggingFace`, `LocalToAgent`, `None`, `Url` "
+            "@ $.model"
+        ),
+    ),
+    (
+        (GenerateEmbeddingBatch, {"input_batch": [], "normalization_method": "L1"}),
+        "unknown variant `L1`, expected one of `L2`, `None`, `RmsNorm` @ $.normalization_method",
+    ),
+    (
+        (GenerateEmbeddingBatch, {"input_batch": [{"id": 1, "content": ""}], "normalization_method": "L2"}),
+        "expected a string, got an integer @ $.input_batch[0].id",
+    ),
+    # frames
+    (
+        (ClientFrame, {"Hello": 1}),
+        "unknown variant `Hello`, expected one of `Error`, `Notification`, `Request`",
+    ),
+    (
+        (ClientFrame, {"Notification": {"Start": "x"}}),
+        "unknown notification, expected `StopRespondingTo`",
+    ),
+    (
+        (ClientFrame, {"Request": {"id": "1", "request": {"Other": {}}}}),
+        (
+            "unknown variant `Other`, expected one of `ContinueFromConversationHistory`, "
+            "`ContinueFromRawPrompt` @ $.request"
+        ),
+    ),
+    (
+        (AgentFrame, "Bye"),
+        "unknown variant `Bye`, expected one of `Answer`, `Goodbye`, `Heartbeat`, `Register`, `Status`",
+    ),
+]
+
+
+@pytest.mark.scenario("SD-10")
+@pytest.mark.parametrize(("wrong", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])
+def test_wrong_input_is_refused_with_the_place_named(wrong: tuple[Any, Any], sentence: str) -> None:
+    form, value = wrong
+    with pytest.raises(RemoteProtocolError, match=f"^{re.escape(sentence)}$"):
+        decode(json.dumps(value), form)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"max_tokens": NaN, "raw_prompt": "x"}',
+        '{"max_tokens": 1, "raw_prompt": "x"} {}',
+        '{"max_tokens": ' + "9" * 5000 + ', "raw_prompt": "x"}',
+        "[" * 100_000,
+        r'{"max_tokens": 1, "raw_prompt": "\ud800"}',
+        b'{"max_tokens": 1, "raw_prompt": "\xff"}',
+        b'{"max_tokens": 1, "raw_prompt": "\xed\xa0\x80"}',
+        '{"max_tokens": 1, "raw_prompt": "x"}'.encode("utf-16"),
+    ],
+    ids=[
+        "nothing",
+        "unfinished",
+        "not a number",
+        "two values",
+        "many digits",
+        "deep",
+        "escaped lone surrogate",
+        "not UTF-8",
+        "encoded lone surrogate",
+        "UTF-16",
+    ],
+)
+def test_text_that_is_not_json_in_utf_8_is_refused(text: str | bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode(text, ContinueFromRawPrompt)
+
+
+@pytest.mark.parametrize("key", ["properties", "additionalProperties"])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_a_deeply_nested_schema_is_refused_where_writing_it_again_would_run_out_of_stack(
+    key: str, opening: str, closing: str
+) -> None:
+    def schema(levels: int) -> str:
+        nested = opening * (levels - 1) + "null" + closing * (levels - 1)
+        text = json.dumps(
+            tool({"name": "t", "description": "", "parameters": {"type": "object", key: {}}})[1]
+        )
+        return text.replace(f'"{key}": {{}}', f'"{key}": {{"a": {nested}}}')
+
+    deepest = decode(schema(MAX_NESTING - 1), ContinueFromConversationHistory)
+    frame, form = Generate(1, deepest), cast("type[Generate]", BalancerFrame)
+    assert decode(encode(frame, form), form) == frame
+    with pytest.raises(RemoteProtocolError, match=f"^nested deeper than {MAX_NESTING} levels @ .*{key}$"):
+        decode(schema(MAX_NESTING), ContinueFromConversationHistory)
+
+
+def test_escaped_surrogate_pairs_and_backslashes_are_ordinary_text() -> None:
+    text = r'{"max_tokens": 1, "raw_prompt": "\ud83e\udd99 \\ud83e"}'
+    assert decode(text, ContinueFromRawPrompt).raw_prompt == "🦙 \\ud83e"
