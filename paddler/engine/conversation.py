@@ -1,0 +1,154 @@
+"""The talk with one engine process in both directions, and the watch over it.
+
+Its death is the end of its stream, its hang a deadline; both are raised as EngineFailed by whichever
+task meets them first.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from paddler.config import EngineTimeouts
+from paddler.engine.child import EngineChild
+from paddler.engine.pipe import REPORTS, Advance, Command, FrameReader, Log, Report, Turn, pack
+from paddler.engine.vitals import Pulse, read_vitals
+from paddler.errors import EngineDied, EngineHung, RemoteProtocolError
+
+_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.WARNING}
+"""llama.cpp's levels to ours. A file that cannot be loaded is no error of Paddler's."""
+
+_LOOKS_PER_STANDSTILL = 8
+_TURNS_TO_A_HANG = 20
+_LAST_OUTPUT_GRACE = 1.0
+_MAX_LINE_BYTES = 64 * 1024
+_MAX_LAST_WORDS = 500
+
+
+logger = logging.getLogger(__name__)
+
+
+class Conversation:
+    """What one engine process is told and tells, and the signs of its life."""
+
+    def __init__(self, child: EngineChild, timeouts: EngineTimeouts) -> None:
+        self.child = child
+        self.timeouts = timeouts
+        self.loading = True
+        self.open_generations: set[int] = set()
+        self._reader = FrameReader[Report](REPORTS)
+        self._received: deque[Report] = deque()
+        self._last_words = ""
+        self._output_ended = trio.Event()
+        self._silence = 0.0
+        self._slowest_turn = 0.0
+
+    def begin_serving(self, open_generations: set[int]) -> None:
+        """From here on the process must work only while this set, which others fill, is not empty."""
+        self.loading = False
+        self.open_generations = open_generations
+
+    async def send(self, command: Command) -> None:
+        try:
+            await self.child.stream.send_all(pack(command))
+        except trio.BrokenResourceError:
+            pass  # it died: whoever reads tells why
+
+    async def receive(self) -> Report:
+        """Return the next report. Raises EngineDied when there will be none."""
+        while not self._received:
+            try:
+                data = await self.child.stream.receive_some()
+                reports = self._reader.feed(data)
+            except trio.BrokenResourceError:
+                data, reports = b"", []
+            except RemoteProtocolError as error:
+                self.child.kill()
+                raise EngineDied(str(error), self._last_words) from None
+            if not data:
+                raise await self._death()
+            self._received.extend(reports)
+        return self._received.popleft()
+
+    async def receive_within(self, patience: float) -> Report:
+        """Return the next report while loading. Raises EngineDied, EngineHung."""
+        try:
+            with trio.fail_after(patience):
+                return await self.receive()
+        except trio.TooSlowError:
+            self.child.kill()
+            raise EngineHung(patience, self._last_words) from None
+
+    async def read_turns(self, on_turn: Callable[[list[Advance]], None]) -> None:
+        while True:
+            report = await self.receive()
+            if not isinstance(report, Turn):
+                self.out_of_turn(report)
+                continue
+            self._slowest_turn = max(self._slowest_turn, self._silence)
+            self._silence = 0.0
+            ended = {advance.generation for advance in report.advances if advance.finish is not None}
+            self.open_generations -= ended
+            if report.advances:
+                on_turn(list(report.advances))
+
+    async def write_commands(self, commands: trio.MemoryReceiveChannel[Command]) -> None:
+        async for command in commands:
+            await self.send(command)
+
+    async def read_output(self) -> None:
+        """Log what the process prints: asserts and tracebacks. The last line explains its death."""
+        line = b""
+        async for data in self.child.output:
+            *lines, line = (line + data).split(b"\n")
+            self._log_output(lines)
+            line = line[-_MAX_LINE_BYTES:]
+        self._log_output([line])
+        self._output_ended.set()
+
+    async def watch(self) -> None:
+        """Notice a process that does not get on with its work. Raises EngineHung."""
+        interval = self.timeouts.standstill / _LOOKS_PER_STANDSTILL
+        pulse = Pulse(longest_gap=2 * interval)
+        last = trio.current_time()
+        while True:
+            await trio.sleep(interval)
+            now = trio.current_time()
+            elapsed, last = now - last, now
+            if not self.open_generations:
+                self._silence = 0.0
+                if not self.loading:  # nothing to do: it cannot hang
+                    pulse.rest()
+                    continue
+            vitals = read_vitals(self.child.pid)
+            pulse.look(vitals, elapsed, must_work=bool(self.open_generations))
+            self._silence += min(elapsed, 2 * interval)  # as in Pulse: our own standstill is not its
+            patience = max(self.timeouts.step, _TURNS_TO_A_HANG * self._slowest_turn)
+            silent = not self.loading and self._silence >= patience
+            if pulse.standing_still >= self.timeouts.standstill or silent:
+                self.child.kill()
+                raise EngineHung(max(pulse.standing_still, self._silence), self._last_words)
+
+    def out_of_turn(self, report: Report) -> None:
+        """Log a line of llama.cpp's; nothing else is said out of turn."""
+        assert isinstance(report, Log), report
+        logger.log(_LOG_LEVELS.get(report.level, logging.DEBUG), "%s", report.text)
+
+    def _log_output(self, lines: list[bytes]) -> None:
+        for line in lines:
+            text = line.decode(errors="replace").rstrip()
+            if text:
+                self._last_words = text.strip()[:_MAX_LAST_WORDS]
+                logger.warning("engine process %d: %s", self.child.pid, text)
+
+    async def _death(self) -> EngineDied:
+        """Learn how the process ended; its last words may still be on their way."""
+        with trio.move_on_after(_LAST_OUTPUT_GRACE) as dying:
+            cause = await self.child.wait()
+        if dying.cancelled_caught:
+            self.child.kill()
+            cause = "closed its socket"
+        with trio.move_on_after(_LAST_OUTPUT_GRACE):
+            await self._output_ended.wait()
+        return EngineDied(cause, self._last_words)

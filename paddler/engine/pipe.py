@@ -1,0 +1,272 @@
+"""Frames between agent and engine process: bytes to messages and back, without I/O.
+
+A frame is a 4-byte little-endian length and that much UTF-8 JSON, `[name, content]`. JSON because a
+dying child may write anything, and nothing it writes may harm the agent. There is no farewell: closing
+the socket tells the engine to end, however it is closed.
+"""
+
+import enum
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+import attrs
+
+from paddler.config import MAX_LINK_MESSAGE_BYTES, KvLayout
+from paddler.errors import RemoteProtocolError
+from paddler.messages.state import InferenceParameters, KvCacheDtype, PoolingType
+
+_LENGTH_BYTES = 4
+
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+M = TypeVar("M")
+
+
+# Agent to engine.
+
+
+@attrs.frozen(kw_only=True)
+class EngineSettings:
+    """The first frame: what to load and how."""
+
+    model_path: str
+    slots: int
+    parameters: InferenceParameters
+    kv_layout: KvLayout
+    threads: int
+    exact: bool = False
+    """Flash attention off: the same tokens whatever runs beside a request, with more than one thread too."""
+    host_memory_bytes: int | None = None
+    """What the model may take; None asks the host."""
+
+
+@attrs.frozen
+class OpenContext:
+    """Go on: the agent has seen the model and wants it served."""
+
+
+@attrs.frozen
+class Generate:
+    generation: int
+    prompt: str
+    max_tokens: int
+
+
+@attrs.frozen
+class Cancel:
+    generation: int
+
+
+Command = EngineSettings | OpenContext | Generate | Cancel
+
+
+# Engine to agent.
+
+
+@attrs.frozen
+class Progress:
+    """Bytes of the model file that are loaded."""
+
+    done: int
+    total: int
+
+
+@attrs.frozen
+class ModelRefused:
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class ModelDescription:
+    """What the model file says of itself; sent when the weights are loaded."""
+
+    metadata: dict[str, str]
+    chat_template: str | None
+    bos_text: str
+    eos_text: str
+    nl_text: str
+    control_tokens: dict[int, str]
+    """Tokens whose text never reaches users."""
+    size_bytes: int
+    n_params: int
+    n_vocab: int
+    n_ctx_train: int
+
+
+@attrs.frozen
+class ContextRefused:
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class Capacity:
+    """The context as it was made; the engine serves from here on."""
+
+    layout: KvLayout
+    """Shared or per slot, never auto."""
+    reason: str
+    slots: int
+    cells_per_slot: int
+    """The most tokens that one request can have, prompt and answer together."""
+    context_bytes: int
+    """Estimated memory of the KV cache."""
+    warm_up_seconds: float
+    """Time of the first decode, an upper estimate of a token's."""
+
+
+class Finish(enum.StrEnum):
+    END = "end"
+    LENGTH = "length"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@attrs.frozen
+class Advance:
+    """What one turn did for one generation; at most one per generation and turn."""
+
+    generation: int
+    tokens: tuple[int, ...]
+    """Every id generated in this turn: markers, control tokens and the end token too."""
+    text: str
+    """Their visible text; an incomplete character is held back until it is complete or the end."""
+    finish: Finish | None
+    failure: str
+    prompt_tokens: int
+    cached_prompt_tokens: int
+
+
+@attrs.frozen
+class Turn:
+    """One per turn, carrying all slots; empty when nothing can be told but that the engine works."""
+
+    advances: tuple[Advance, ...]
+
+
+@attrs.frozen
+class Log:
+    """A line of llama.cpp's log."""
+
+    level: int
+    text: str
+
+
+Report = Progress | ModelRefused | ModelDescription | ContextRefused | Capacity | Turn | Log
+
+
+def pack(message: Command | Report) -> bytes:
+    """Return the frame of a message."""
+    content: Any
+    if isinstance(message, Turn):  # the hot path: written as arrays
+        content = [
+            (
+                advance.generation,
+                advance.tokens,
+                advance.text,
+                advance.finish,
+                advance.failure,
+                advance.prompt_tokens,
+                advance.cached_prompt_tokens,
+            )
+            for advance in message.advances
+        ]
+    else:
+        content = attrs.asdict(message)
+    # "?" for a lone surrogate, which no tokenizer could take
+    body = _to_json([type(message).__name__, content]).encode(errors="replace")
+    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
+
+
+class FrameReader(Generic[M]):
+    """Cut a byte stream into frames and read them: COMMANDS in the engine, REPORTS in the agent."""
+
+    def __init__(
+        self, readers: "dict[str, Callable[[Any], M]]", *, max_frame_bytes: int = MAX_LINK_MESSAGE_BYTES
+    ) -> None:
+        self._readers = readers
+        self._max_frame_bytes = max_frame_bytes
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[M]:
+        """Take the next bytes and return the messages they complete. Raises RemoteProtocolError."""
+        self._buffer += data
+        messages = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH_BYTES:
+            length = int.from_bytes(self._buffer[start : start + _LENGTH_BYTES], "little")
+            if length > self._max_frame_bytes:
+                raise RemoteProtocolError(f"a frame of {length} bytes on the engine's pipe")
+            end = start + _LENGTH_BYTES + length
+            if len(self._buffer) < end:
+                break
+            messages.append(self._read(self._buffer[start + _LENGTH_BYTES : end]))
+            start = end
+        del self._buffer[:start]
+        return messages
+
+    def _read(self, body: bytearray) -> M:
+        try:
+            name, content = json.loads(body)
+            return self._readers[name](content)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise RemoteProtocolError(f"an unreadable frame on the engine's pipe: {error!r}") from None
+
+
+def _read_settings(content: dict[str, Any]) -> EngineSettings:
+    parameters = content.pop("parameters")
+    for name, form in (
+        ("k_cache_dtype", KvCacheDtype),
+        ("v_cache_dtype", KvCacheDtype),
+        ("pooling_type", PoolingType),
+    ):
+        parameters[name] = form(parameters[name])
+    kv_layout = KvLayout(content.pop("kv_layout"))
+    return EngineSettings(parameters=InferenceParameters(**parameters), kv_layout=kv_layout, **content)
+
+
+def _read_description(content: dict[str, Any]) -> ModelDescription:
+    control_tokens = {int(token): text for token, text in content.pop("control_tokens").items()}
+    return ModelDescription(control_tokens=control_tokens, **content)
+
+
+def _read_capacity(content: dict[str, Any]) -> Capacity:
+    return Capacity(layout=KvLayout(content.pop("layout")), **content)
+
+
+def _read_turn(content: Iterable[Any]) -> Turn:
+    return Turn(
+        tuple(
+            Advance(
+                generation,
+                tuple(tokens),
+                text,
+                Finish(finish) if finish is not None else None,
+                failure,
+                prompt_tokens,
+                cached_prompt_tokens,
+            )
+            for generation, tokens, text, finish, failure, prompt_tokens, cached_prompt_tokens in content
+        )
+    )
+
+
+def _read_plain(form: Callable[..., M]) -> Callable[[Any], M]:
+    return lambda content: form(**content)
+
+
+COMMANDS: dict[str, Callable[[Any], Command]] = {
+    "EngineSettings": _read_settings,
+    "OpenContext": _read_plain(OpenContext),
+    "Generate": _read_plain(Generate),
+    "Cancel": _read_plain(Cancel),
+}
+REPORTS: dict[str, Callable[[Any], Report]] = {
+    "Progress": _read_plain(Progress),
+    "ModelRefused": _read_plain(ModelRefused),
+    "ModelDescription": _read_description,
+    "ContextRefused": _read_plain(ContextRefused),
+    "Capacity": _read_capacity,
+    "Turn": _read_turn,
+    "Log": _read_plain(Log),
+}

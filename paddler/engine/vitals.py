@@ -1,0 +1,75 @@
+"""Is a process at work, waiting for a processor, or standing still?
+
+CPU time counts in ticks of 10 ms, which a decoding engine always advances. A runnable process without
+CPU time is starved by others, not hung; one that sleeps without it, or was stopped, is.
+"""
+
+from pathlib import Path
+
+import attrs
+
+_RUNNABLE = "R"
+_STOPPED = "Tt"
+_UTIME, _STIME = 11, 12  # counted from the state, field 3 of proc_pid_stat(5)
+
+
+@attrs.frozen
+class Vitals:
+    """One look at a process."""
+
+    stopped: bool
+    runnable: bool
+    """Whether any of its threads is."""
+    cpu_ticks: int
+
+
+class Pulse:
+    """Add up for how long a process has stood still, look by look.
+
+    Only the time between two looks that both found it still counts, and no more of it than
+    `longest_gap`: when the observer itself was suspended, it has seen nothing in the meantime.
+    """
+
+    def __init__(self, *, longest_gap: float) -> None:
+        self._longest_gap = longest_gap
+        self._last: Vitals | None = None
+        self._still = False
+        self.standing_still = 0.0
+
+    def look(self, vitals: Vitals | None, elapsed: float, *, must_work: bool) -> None:
+        """Take the next look; unless the process must work, only being stopped is standing still."""
+        if vitals is None:
+            still = False
+        elif vitals.stopped:
+            still = True
+        else:
+            advanced = self._last is None or vitals.cpu_ticks != self._last.cpu_ticks
+            still = must_work and not vitals.runnable and not advanced
+        both_still = still and self._still
+        self.standing_still = self.standing_still + min(elapsed, self._longest_gap) if both_still else 0.0
+        self._last, self._still = vitals, still
+
+    def rest(self) -> None:
+        """Start anew: the process has nothing to do."""
+        self._last, self._still = None, False
+        self.standing_still = 0.0
+
+
+def read_vitals(pid: int) -> Vitals | None:
+    """Look at a process, or return None where there is no /proc or no such process any more."""
+    process = Path("/proc") / str(pid)
+    try:
+        own = _fields(process / "stat")
+        states = [_fields(task / "stat")[0] for task in (process / "task").iterdir()]
+    except (OSError, IndexError):  # a thread that ends meanwhile, too: the next look is soon
+        return None
+    return Vitals(
+        stopped=own[0] in _STOPPED,
+        runnable=_RUNNABLE in states,
+        cpu_ticks=int(own[_UTIME]) + int(own[_STIME]),
+    )
+
+
+def _fields(stat: Path) -> list[str]:
+    """Return the fields from the state on; the name before it may hold anything."""
+    return stat.read_text(errors="replace").rpartition(")")[2].split()

@@ -1,0 +1,262 @@
+"""What the engine process does: load, then turn after turn until the parent closes the socket.
+
+A plain loop: commands are looked for between turns (poll(0), a microsecond), and waited for when there
+is nothing to do. Other threads only tokenise long prompts, which takes half a millisecond per kilobyte
+and would stall every slot.
+"""
+
+import os
+import re
+import select
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NoReturn
+
+from paddler.engine import llama, memory
+from paddler.engine.layout import ContextPlan, Refused, check_weights, plan_context
+from paddler.engine.pipe import (
+    COMMANDS,
+    Cancel,
+    Capacity,
+    Command,
+    ContextRefused,
+    EngineSettings,
+    FrameReader,
+    Generate,
+    Log,
+    ModelRefused,
+    OpenContext,
+    Progress,
+    Report,
+    Turn,
+    pack,
+)
+from paddler.engine.scheduler import TurnBudget
+from paddler.engine.turns import Turns
+from paddler.messages.state import InferenceParameters
+
+_READ_BYTES = 1 << 20
+
+_INLINE_CHARACTERS = 4 * 1024
+"""Texts up to this length are tokenised between turns: about 2 ms, also when every slot gets one at once."""
+
+_SIGN_OF_LIFE_MS = 1000
+"""How often an engine that only tokenises says that it works."""
+
+_SPLIT_FILE = re.compile(r"-00001-of-(\d{5})\.gguf$")
+
+
+class ParentGone(Exception):
+    """The parent closed the socket: the normal end."""
+
+
+class ParentLink:
+    """Blocking frames to the parent, polled frames from it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._reader = FrameReader[Command](COMMANDS, max_frame_bytes=2**32 - 1)  # the parent is trusted
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+        self._sending = threading.Lock()  # llama.cpp may log from any thread
+
+    def wake_on(self, fd: int) -> None:
+        """End the waiting of receive() when this pipe has a byte, too; receive() takes it out."""
+        self._poll.register(fd, select.POLLIN)
+
+    def send(self, report: Report) -> None:
+        try:
+            with self._sending:
+                self._connection.sendall(pack(report))
+        except OSError:
+            raise ParentGone from None
+
+    def receive(self, timeout_ms: int | None) -> list[Command]:
+        """Return the commands that are there, after waiting for anything to happen if told to."""
+        commands: list[Command] = []
+        for fd, _ in self._poll.poll(timeout_ms):
+            if fd != self._connection.fileno():
+                os.read(fd, _READ_BYTES)
+            elif data := self._read():
+                commands += self._reader.feed(data)
+            else:
+                raise ParentGone
+        return commands
+
+    def receive_one(self) -> Command:
+        """Wait for the next command, at a time when only one can come."""
+        while True:
+            commands = self.receive(None)
+            if commands:
+                [command] = commands
+                return command
+
+    def is_closed(self) -> bool:
+        """Say whether the parent has gone, at a time when it has nothing to send."""
+        return bool(self._poll.poll(0))
+
+    def _read(self) -> bytes:
+        try:
+            return self._connection.recv(_READ_BYTES)
+        except OSError:
+            return b""
+
+
+class Prompts:
+    """Tokenise prompts, long ones each in a thread."""
+
+    def __init__(self, model: llama.Model, link: ParentLink) -> None:
+        self._model = model
+        self._finished: SimpleQueue[tuple[int, llama.Ids | None]] = SimpleQueue()
+        awake, self._wake = os.pipe()
+        link.wake_on(awake)
+
+    def read(self, generation: int, text: str) -> llama.Ids | None:
+        """Return the tokens, or None and later the tokens among the finished."""
+        if len(text) <= _INLINE_CHARACTERS:
+            return llama.tokenize(self._model, text)
+        threading.Thread(target=self._read_aside, args=(generation, text), daemon=True).start()
+        return None
+
+    def finished(self) -> Iterator[tuple[int, llama.Ids]]:
+        while not self._finished.empty():
+            generation, tokens = self._finished.get()
+            assert tokens is not None, "a prompt could not be tokenised, see above"
+            yield generation, tokens
+
+    def _read_aside(self, generation: int, text: str) -> None:
+        tokens = None
+        try:
+            tokens = llama.tokenize(self._model, text)
+        finally:
+            self._finished.put((generation, tokens))
+            os.write(self._wake, b".")
+
+
+def run(connection: socket.socket) -> NoReturn:
+    """Serve until the parent closes the socket, which raises ParentGone."""
+    link = ParentLink(connection)
+    log = llama.LlamaLog(partial(_forward, link))
+    settings = link.receive_one()
+    assert isinstance(settings, EngineSettings)
+    host_memory = settings.host_memory_bytes or memory.host_memory_bytes()
+    try:
+        model = _load_model(link, log, settings, host_memory=host_memory)
+    except Refused as refusal:
+        link.send(ModelRefused(str(refusal)))
+        _wait_for_the_end(link)
+    description = llama.describe(model)
+    link.send(description)
+    assert link.receive_one() == OpenContext()
+    try:
+        plan = plan_context(
+            settings, llama.shape_of(model, description.metadata), host_memory_bytes=host_memory
+        )
+        context = llama.Context(model, plan, settings, log=log)
+    except Refused as refusal:
+        link.send(ContextRefused(str(refusal)))
+        _wait_for_the_end(link)
+    _serve(link, model, context, plan, settings.parameters)
+
+
+def _load_model(
+    link: ParentLink, log: llama.LlamaLog, settings: EngineSettings, *, host_memory: int
+) -> llama.Model:
+    files = _parts(Path(settings.model_path))
+    try:
+        states = [file.stat() for file in files]
+    except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
+        raise Refused(str(error)) from None
+    if not all(stat.S_ISREG(state.st_mode) for state in states):
+        raise Refused("not a regular file")  # opening a pipe would block for ever
+    total = sum(state.st_size for state in states)
+    if not llama.offloads(settings.parameters.n_gpu_layers):
+        check_weights(total, host_memory_bytes=host_memory)
+
+    def on_progress(share: float) -> bool:
+        if link.is_closed():
+            return False
+        link.send(Progress(int(share * total), total))
+        return True
+
+    link.send(Progress(0, total))
+    model = llama.load_model(
+        settings.model_path,
+        n_gpu_layers=settings.parameters.n_gpu_layers,
+        on_progress=on_progress,
+        log=log,
+    )
+    link.send(Progress(total, total))
+    return model
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the files of a model, which may be split; llama.cpp finds them by the name of the first."""
+    split = _SPLIT_FILE.search(path.name)
+    if split is None:
+        return [path]
+    count = split.group(1)
+    stem = path.name[: split.start()]
+    return [path.with_name(f"{stem}-{part:05}-of-{count}.gguf") for part in range(1, int(count) + 1)]
+
+
+def _serve(
+    link: ParentLink,
+    model: llama.Model,
+    context: llama.Context,
+    plan: ContextPlan,
+    parameters: InferenceParameters,
+) -> NoReturn:
+    began = time.perf_counter()
+    if not context.warm_up():
+        link.send(Log(llama.WARNING, "the warm-up decode failed"))
+    warm_up_seconds = time.perf_counter() - began
+    turns = Turns(
+        context,
+        slots=plan.slots,
+        parameters=parameters,
+        pieces=model.pieces,
+        end_tokens=model.end_tokens,
+        prompts=Prompts(model, link),
+        budget=TurnBudget(n_batch=plan.n_batch, seconds_per_token=warm_up_seconds),
+    )
+    link.send(
+        Capacity(
+            layout=plan.layout,
+            reason=plan.reason,
+            slots=plan.slots,
+            cells_per_slot=context.room,
+            context_bytes=plan.context_bytes,
+            warm_up_seconds=warm_up_seconds,
+        )
+    )
+    while True:
+        timeout_ms = None if turns.idle else _SIGN_OF_LIFE_MS if turns.reading else 0
+        for command in link.receive(timeout_ms):
+            match command:
+                case Generate():
+                    turns.submit(command)
+                case Cancel():
+                    turns.cancel(command.generation)
+                case _:
+                    raise AssertionError(command)
+        link.send(Turn(turns.run()))
+
+
+def _wait_for_the_end(link: ParentLink) -> NoReturn:
+    """Let the parent decide what comes after a refusal: an engine never ends by itself."""
+    while True:
+        link.receive(None)
+
+
+def _forward(link: ParentLink, line: Log) -> None:
+    try:
+        link.send(line)
+    except ParentGone:
+        pass  # called from llama.cpp, which cannot pass it on; the next frame of our own will tell

@@ -1,0 +1,112 @@
+"""Frames of the engine's pipe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paddler.config import KvLayout
+from paddler.engine.pipe import (
+    COMMANDS,
+    REPORTS,
+    Advance,
+    Cancel,
+    Capacity,
+    Command,
+    ContextRefused,
+    EngineSettings,
+    Finish,
+    FrameReader,
+    Generate,
+    Log,
+    ModelDescription,
+    ModelRefused,
+    OpenContext,
+    Progress,
+    Report,
+    Turn,
+    pack,
+)
+from paddler.errors import RemoteProtocolError
+from paddler.messages.state import DEFAULT_PARAMETERS, KvCacheDtype
+
+SENT: list[Command] = [
+    EngineSettings(
+        model_path="/models/ä.gguf",
+        slots=4,
+        parameters=attrs.evolve(DEFAULT_PARAMETERS, v_cache_dtype=KvCacheDtype.IQ4_NL, n_batch=2**64 - 1),
+        kv_layout=KvLayout.PER_SLOT,
+        threads=2,
+        exact=True,
+    ),
+    OpenContext(),
+    Generate(7, 'a\0b "é" \U0001f980', -(2**31)),
+    Cancel(7),
+]
+TOLD: list[Report] = [
+    Progress(3, 9),
+    ModelRefused("no"),
+    ModelDescription(
+        metadata={"general.name": "Ünïcode"},
+        chat_template=None,
+        bos_text="<s>",
+        eos_text="</s>",
+        nl_text="\n",
+        control_tokens={1: "<s>", 2: "</s>"},
+        size_bytes=10,
+        n_params=11,
+        n_vocab=12,
+        n_ctx_train=13,
+    ),
+    ContextRefused("no"),
+    Capacity(
+        layout=KvLayout.SHARED,
+        reason="because",
+        slots=4,
+        cells_per_slot=256,
+        context_bytes=1,
+        warm_up_seconds=0.5,
+    ),
+    Turn((Advance(1, (5, 6), "hé", None, "", 3, 0), Advance(2, (), "", Finish.FAILED, "why", 0, 0))),
+    Turn(()),
+    Log(3, "careful"),
+]
+
+
+@given(st.lists(st.integers(1, 50), max_size=200))
+def test_messages_survive_any_chunking(sizes: list[int]) -> None:
+    assert _in_chunks(FrameReader(COMMANDS), SENT, sizes) == SENT
+    assert _in_chunks(FrameReader(REPORTS), TOLD, sizes) == TOLD
+
+
+def _in_chunks(reader: FrameReader[Any], messages: Sequence[Any], sizes: list[int]) -> list[Any]:
+    data = b"".join(pack(message) for message in messages)
+    received = []
+    for size in [*sizes, len(data)]:
+        received += reader.feed(data[:size])
+        data = data[size:]
+    return received
+
+
+def test_a_lone_surrogate_becomes_a_question_mark() -> None:
+    [message] = FrameReader(COMMANDS).feed(pack(Generate(1, "a\ud800b", 1)))
+    assert message == Generate(1, "a?b", 1)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"[1,2]", b'["Turn",[1]]', b'["Turn",[[1,[2],"",true,"",1,0]]]', b"\xff\xfe",
+     b'["Progress",{"done":1}]', b'["Generate",{}]', b"[" * 100_000, b'["Capacity",{}]', b'["Nothing",{}]'],
+)  # fmt: skip
+def test_rubbish_is_a_protocol_error(body: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        FrameReader(REPORTS).feed(len(body).to_bytes(4, "little") + body)
+
+
+def test_a_frame_above_the_limit_is_a_protocol_error_before_it_is_read() -> None:
+    reader = FrameReader(REPORTS, max_frame_bytes=1000)
+    with pytest.raises(RemoteProtocolError, match="1001 bytes"):
+        reader.feed((1001).to_bytes(4, "little"))

@@ -1,0 +1,116 @@
+"""Who takes part in a turn, and how much of a prompt it takes."""
+
+import pytest
+
+from paddler.engine.scheduler import Scheduler, TurnBudget
+from paddler.engine.sequences import EVICTED, Sequence
+
+
+def submitted(scheduler: Scheduler, *generations: int) -> list[Sequence]:
+    sequences = [Sequence(generation, 100) for generation in generations]
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    return sequences
+
+
+def begin(sequences: list[Sequence]) -> None:
+    for sequence in sequences:
+        sequence.take_prompt(range(100), room=1000)
+
+
+def generate(sequence: Sequence, *, position: int = 100) -> None:
+    sequence.position = position
+    sequence.accept(1, b"", is_end=False)
+
+
+def test_slots_are_taken_in_order_of_arrival_the_lowest_first() -> None:
+    scheduler = Scheduler(slots=2)
+    first, second, third = submitted(scheduler, 7, 8, 9)
+    assert scheduler.admit() == [first, second]
+    assert (first.slot, second.slot, third.slot) == (0, 1, None)
+    assert scheduler.admit() == []
+    first.stop()
+    scheduler.release(first)
+    assert scheduler.admit() == [third]
+    assert third.slot == 0
+
+
+def test_waiting_and_running_are_found_and_released() -> None:
+    scheduler = Scheduler(slots=1)
+    first, second = submitted(scheduler, 1, 2)
+    scheduler.admit()
+    assert (scheduler.find(1), scheduler.find(2), scheduler.find(3)) == (first, second, None)
+    scheduler.release(second)
+    scheduler.release(first)
+    assert scheduler.find(2) is None
+    assert scheduler.idle
+
+
+def test_prompts_take_turns_and_generating_ones_leave_the_round() -> None:
+    scheduler = Scheduler(slots=3)
+    first, second, third = sequences = submitted(scheduler, 1, 2, 3)
+    scheduler.admit()
+    assert scheduler.next_prompt() is None
+    begin(sequences)
+    assert [scheduler.next_prompt() for _ in range(4)] == [first, second, third, first]
+    generate(second)
+    assert [scheduler.next_prompt() for _ in range(3)] == [third, first, third]
+    assert scheduler.generating() == [second]
+
+
+def test_reading_says_that_only_a_prompt_is_missing() -> None:
+    scheduler = Scheduler(slots=1)
+    states = [scheduler.reading]
+    first, _ = submitted(scheduler, 1, 2)
+    states.append(scheduler.reading)
+    scheduler.admit()
+    states.append(scheduler.reading)
+    begin([first])
+    states.append(scheduler.reading)
+    first.stop()
+    scheduler.release(first)
+    states.append(scheduler.reading)
+    assert states == [False, False, True, False, False]
+
+
+def test_the_largest_position_yields_and_the_youngest_of_equals() -> None:
+    scheduler = Scheduler(slots=3)
+    sequences = submitted(scheduler, 1, 2, 3)
+    scheduler.admit()
+    begin(sequences)
+    for sequence, position in zip(sequences, (50, 70, 70), strict=True):
+        sequence.position = position
+    victim = scheduler.evict()
+    assert victim is sequences[2]
+    assert victim.failure.startswith(EVICTED)
+
+
+@pytest.mark.parametrize(
+    ("n_batch", "seconds_per_token", "last_decode", "company", "expected"),
+    [
+        (2048, 0.0001, 0.01, False, 512),
+        (2048, 1.0, 0.01, False, 64),
+        (2048, 0.0005, 0.01, True, 192),
+        (2048, 0.0005, 0.05, True, 384),
+        (2048, 1.0, 0.01, True, 64),
+        (2048, 0.0, 0.0, True, 512),
+        (100, 0.0001, 0.01, False, 64),
+        (20, 1.0, 0.01, True, 20),
+        (1, 0.0001, 0.01, True, 1),
+    ],
+)
+def test_a_chunk_fits_the_turn(
+    n_batch: int, seconds_per_token: float, last_decode: float, company: bool, expected: int
+) -> None:
+    budget = TurnBudget(n_batch=n_batch, seconds_per_token=seconds_per_token)
+    budget.decoded(last_decode)
+    assert budget.chunk_limit(company=company) == expected
+
+
+def test_the_budget_learns_from_chunks_but_not_from_tails() -> None:
+    budget = TurnBudget(n_batch=512, seconds_per_token=0.01)
+    budget.ingested(1, 10.0)
+    assert budget.chunk_limit(company=True) == 64
+    for _ in range(20):
+        budget.ingested(64, 0.0064)
+    assert budget.chunk_limit(company=True) == 512
