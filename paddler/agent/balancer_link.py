@@ -1,0 +1,146 @@
+"""The agent's WebSocket to the balancer: connect, serve a session, try again for ever.
+
+The only importer of trio_websocket here; what is said on the link is in link_session.py.
+"""
+
+import logging
+import random
+import secrets
+import string
+from collections.abc import Callable
+from typing import Protocol
+
+import attrs
+import trio
+from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
+
+from paddler.agent.link_session import Receive, Send
+from paddler.config import MAX_LINK_MESSAGE_BYTES, Address
+
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 2.0
+"""Between tries, doubled each time: requests wait only some ten seconds for an agent."""
+
+MESSAGE_QUEUE_SIZE = 64
+"""With the library's 1, two unread messages keep it from answering pings."""
+
+RECEIVE_BUFFER_BYTES = 65536
+
+_ID_LENGTH = 21
+_ID_ALPHABET = string.ascii_letters + string.digits + "_-"
+
+logger = logging.getLogger(__name__)
+
+
+class Session(Protocol):
+    """What runs on one connection; see LinkSession."""
+
+    was_accepted: bool
+
+    async def run(self) -> str: ...
+
+
+def new_agent_id() -> str:
+    """Return a fresh id (a nanoid); an agent keeps it for the life of its process."""
+    return "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH))
+
+
+async def stay_connected(
+    open_session: Callable[[Receive, Send], Session],
+    *,
+    address: Address,
+    agent_id: str,
+    connect_timeout: float,
+    disconnect_timeout: float,
+) -> None:
+    """Keep one session with the balancer at this address, reconnecting with backoff, until cancelled.
+
+    Logs when the link comes and when it goes, and once for each new reason why it does not come.
+    """
+    pause = FIRST_PAUSE
+    last_problem = ""
+    while True:
+        attempt = _Attempt(open_session, connect_timeout, disconnect_timeout)
+        await attempt.run(address, f"/api/v1/agent_socket/{agent_id}")
+        if attempt.session is not None and attempt.session.was_accepted:
+            pause, last_problem = FIRST_PAUSE, ""
+        if attempt.problem != last_problem:
+            logger.warning("no link to the balancer at %s: %s; trying again", address, attempt.problem)
+            last_problem = attempt.problem
+        await trio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 spreads agents, hides nothing
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+@attrs.define
+class _Attempt:
+    """One connection, from the first packet to the last; `problem` says why it is no more."""
+
+    open_session: Callable[[Receive, Send], Session]
+    connect_timeout: float
+    disconnect_timeout: float
+    session: Session | None = None
+    problem: str = ""
+
+    async def run(self, address: Address, resource: str) -> None:
+        try:
+            with trio.fail_after(self.connect_timeout):
+                stream = await trio.open_tcp_stream(address.host, address.port)
+        except trio.TooSlowError:
+            self.problem = f"it did not answer within {self.connect_timeout:g} s"
+            return
+        except OSError as error:
+            self.problem = str(error)
+            return
+        try:
+            await self._run_on(stream, f"{address.host}:{address.port}", resource)
+        except* HandshakeError as group:
+            self.problem = f"it refused the WebSocket: {group.exceptions[0]!r}"
+        except* Exception as group:  # border: one link; the library's tasks raise whatever went wrong
+            logger.warning("the link to the balancer failed", exc_info=group)
+            self.problem = repr(group.exceptions[0])
+
+    async def _run_on(self, stream: trio.SocketStream, host: str, resource: str) -> None:
+        """Shake hands and serve. The stream is closed and the library's reader gone when this returns.
+
+        The library's own open_websocket() may wait for ever for a peer that accepts and never answers.
+        """
+        async with stream, trio.open_nursery() as library:
+            with trio.move_on_after(self.connect_timeout) as handshake:
+                websocket = await wrap_client_stream(
+                    library,
+                    stream,
+                    host,
+                    resource,
+                    message_queue_size=MESSAGE_QUEUE_SIZE,
+                    max_message_size=MAX_LINK_MESSAGE_BYTES,
+                    receive_buffer_size=RECEIVE_BUFFER_BYTES,
+                )
+            if handshake.cancelled_caught:
+                self.problem = f"it did not answer the WebSocket handshake within {self.connect_timeout:g} s"
+            else:
+                connection = _Connection(websocket)
+                self.session = self.open_session(connection.receive, connection.send)
+                self.problem = await self.session.run()
+                with trio.move_on_after(self.disconnect_timeout):
+                    await websocket.aclose()
+            library.cancel_scope.cancel()
+
+
+@attrs.frozen
+class _Connection:
+    """Text over a WebSocket; a closed one raises EOFError."""
+
+    websocket: WebSocketConnection
+
+    async def receive(self) -> str:
+        try:
+            message = await self.websocket.get_message()
+        except ConnectionClosed:
+            raise EOFError from None
+        return message if isinstance(message, str) else message.decode(errors="replace")
+
+    async def send(self, text: str) -> None:
+        try:
+            await self.websocket.send_message(text)
+        except ConnectionClosed:
+            raise EOFError from None

@@ -1,0 +1,260 @@
+"""The WebSocket itself, against real servers on the loopback device."""
+
+import itertools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+import trio
+from trio.testing import MockClock
+from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, serve_websocket
+
+from paddler.agent.balancer_link import new_agent_id, stay_connected
+from paddler.agent.link_session import Receive, Send
+from paddler.config import MAX_LINK_MESSAGE_BYTES, Address
+
+pytestmark = pytest.mark.slow
+
+Handler = Callable[[WebSocketRequest], Awaitable[None]]
+
+
+@pytest.fixture
+def patient_clock() -> MockClock:
+    """An autojumping clock that waits until data on the loopback device has arrived."""
+    return MockClock(autojump_threshold=0.02)
+
+
+class Sessions:
+    """Scripted sessions: each says hello, then echoes until the connection is closed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.reason = "the connection was closed"
+
+    def open(self, receive: Receive, send: Send) -> "EchoSession":
+        self.count += 1
+        return EchoSession(receive, send, self.reason)
+
+
+class EchoSession:
+    was_accepted = True
+
+    def __init__(self, receive: Receive, send: Send, reason: str) -> None:
+        self._receive = receive
+        self._send = send
+        self._reason = reason
+
+    async def run(self) -> str:
+        try:
+            await self._send("hello")
+            while True:
+                await self._send(await self._receive())
+        except EOFError:
+            return self._reason
+
+
+def address_of(port: int) -> Address:
+    return Address("127.0.0.1", port, f"localhost:{port}")
+
+
+def connect(sessions: Sessions, port: int) -> Callable[[], Awaitable[None]]:
+    return partial(
+        stay_connected,
+        sessions.open,
+        address=address_of(port),
+        agent_id="an-agent",
+        connect_timeout=5.0,
+        disconnect_timeout=1.0,
+    )
+
+
+@asynccontextmanager
+async def web_socket_server(handler: Handler) -> AsyncIterator[int]:
+    async with trio.open_nursery() as server:
+        serve = partial(
+            serve_websocket,
+            handler,
+            "127.0.0.1",
+            0,
+            ssl_context=None,
+            max_message_size=MAX_LINK_MESSAGE_BYTES,
+        )
+        serving = await server.start(serve)
+        yield serving.port
+        server.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def tcp_server(handler: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[int]:
+    async with trio.open_nursery() as server:
+        [listener] = await server.start(partial(trio.serve_tcp, handler, 0, host="127.0.0.1"))
+        yield listener.socket.getsockname()[1]
+        server.cancel_scope.cancel()
+
+
+def test_agent_ids_are_nanoids() -> None:
+    ids = {new_agent_id() for _ in range(100)}
+    assert len(ids) == 100
+    assert {len(agent_id) for agent_id in ids} == {21}
+    assert all(agent_id.replace("_", "").replace("-", "").isalnum() for agent_id in ids)
+
+
+async def test_text_goes_both_ways_and_the_path_names_the_agent() -> None:
+    done = trio.Event()
+
+    async def balancer(request: WebSocketRequest) -> None:
+        assert request.path == "/api/v1/agent_socket/an-agent"
+        websocket = await request.accept()
+        assert await websocket.get_message() == "hello"
+        await websocket.send_message("grüß dich " * 200_000)
+        assert await websocket.get_message() == "grüß dich " * 200_000
+        done.set()
+        with pytest.raises(ConnectionClosed):
+            await websocket.get_message()
+
+    sessions = Sessions()
+    async with web_socket_server(balancer) as port, trio.open_nursery() as agent:
+        agent.start_soon(connect(sessions, port))
+        with trio.fail_after(20):
+            await done.wait()
+        agent.cancel_scope.cancel()
+    assert sessions.count == 1
+
+
+async def test_a_lost_link_comes_back_within_two_seconds_each_time(
+    patient_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    connected: list[float] = []
+
+    async def balancer(request: WebSocketRequest) -> None:
+        websocket = await request.accept()
+        connected.append(trio.current_time())
+        await websocket.aclose(1001)
+
+    sessions = Sessions()
+    async with web_socket_server(balancer) as port, trio.open_nursery() as agent:
+        agent.start_soon(connect(sessions, port))
+        await trio.sleep(1)
+        agent.cancel_scope.cancel()
+    gaps = [later - earlier for earlier, later in itertools.pairwise(connected)]
+    assert len(gaps) > 3
+    assert max(gaps) <= 0.2
+
+
+@pytest.mark.scenario("SH-13")
+async def test_nobody_listens_and_one_line_says_so(
+    patient_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listeners[0].socket.getsockname()[1]
+    await listeners[0].aclose()
+    sessions = Sessions()
+    with caplog.at_level(logging.INFO), trio.move_on_after(10):
+        await connect(sessions, port)()
+    assert sessions.count == 0
+    assert len(caplog.records) == 1
+    assert f"localhost:{port}" in caplog.text
+
+
+async def test_a_balancer_that_starts_late_is_found(patient_clock: MockClock) -> None:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listener.socket.getsockname()[1]
+    await listener.aclose()
+    came = trio.Event()
+
+    async def balancer(request: WebSocketRequest) -> None:
+        await request.accept()
+        came.set()
+
+    async with trio.open_nursery() as agent:
+        agent.start_soon(connect(Sessions(), port))
+        await trio.sleep(5)
+        agent.start_soon(partial(serve_websocket, balancer, "127.0.0.1", port, ssl_context=None))
+        with trio.fail_after(2.1):
+            await came.wait()
+        agent.cancel_scope.cancel()
+
+
+@pytest.mark.scenario("SH-12")
+async def test_a_server_that_accepts_and_never_answers_is_tried_again_and_left_at_once(
+    patient_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries: list[float] = []
+
+    async def mute(_: trio.SocketStream) -> None:
+        tries.append(trio.current_time())
+        await trio.sleep_forever()
+
+    async with tcp_server(mute) as port, trio.open_nursery() as agent:
+        agent.start_soon(connect(Sessions(), port))
+        await trio.sleep(18)
+        before = trio.current_time()
+        agent.cancel_scope.cancel()
+    assert trio.current_time() - before < 1
+    assert len(tries) == 4
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
+        "it did not answer the WebSocket handshake within 5 s; trying again"
+    ]
+
+
+@pytest.mark.parametrize(
+    "reply", [b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n", b"SSH-2.0-whatever\r\n", b""]
+)
+async def test_a_server_of_another_kind_is_no_balancer(
+    patient_clock: MockClock, caplog: pytest.LogCaptureFixture, reply: bytes
+) -> None:
+    async def stranger(stream: trio.SocketStream) -> None:
+        await stream.receive_some(1024)
+        await stream.send_all(reply)
+        await stream.aclose()
+
+    sessions = Sessions()
+    async with tcp_server(stranger) as port, trio.open_nursery() as agent:
+        agent.start_soon(connect(sessions, port))
+        await trio.sleep(8)
+        agent.cancel_scope.cancel()
+    assert sessions.count == 0
+    assert len(caplog.records) == 1
+
+
+async def test_pings_while_the_agent_leaves_do_no_harm(patient_clock: MockClock) -> None:
+    """trio-websocket 0.12.2 may answer one in a state in which it must not; then its reader raises."""
+    pinged = trio.Event()
+
+    async def ping_for_ever(websocket: WebSocketConnection) -> None:
+        while True:
+            await websocket.ping()
+            pinged.set()
+
+    async def balancer(request: WebSocketRequest) -> None:
+        with pytest.raises(ConnectionClosed):
+            await ping_for_ever(await request.accept())
+
+    async with web_socket_server(balancer) as port, trio.open_nursery() as agent:
+        agent.start_soon(connect(Sessions(), port))
+        await pinged.wait()
+        agent.cancel_scope.cancel()
+
+
+async def test_a_session_that_breaks_ends_its_link_only(
+    patient_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Sessions):
+        def open(self, receive: Receive, send: Send) -> EchoSession:
+            super().open(receive, send)
+            raise LookupError("a bug")
+
+    async def balancer(request: WebSocketRequest) -> None:
+        websocket = await request.accept()
+        with pytest.raises(ConnectionClosed):
+            await websocket.get_message()
+
+    sessions = Broken()
+    async with web_socket_server(balancer) as port, trio.open_nursery() as agent:
+        agent.start_soon(connect(sessions, port))
+        await trio.sleep(1)
+        agent.cancel_scope.cancel()
+    assert sessions.count > 1
+    assert "a bug" in caplog.text

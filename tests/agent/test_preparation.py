@@ -1,0 +1,171 @@
+"""Real preparation processes: templates that loop, grow or kill cost their request and nobody else."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from paddler.agent import preparation
+from paddler.agent.preparation import Preparation, open_preparation
+from paddler.language.chat_template import Prompt
+from paddler.messages.tokens import ChatTemplateError
+
+pytestmark = pytest.mark.slow
+
+VARIABLES: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Hello"}],
+    "tools": [],
+    "add_generation_prompt": True,
+    "enable_thinking": False,
+}
+TEMPLATE = "{{ messages[0].content }}{% if add_generation_prompt %}|{% endif %}"
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def children() -> set[int]:
+    """Return the processes that this one has started and not reaped."""
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+async def assert_still_works(service: Preparation) -> None:
+    assert await service.render(TEMPLATE, VARIABLES) == Prompt("Hello|", "|")
+
+
+async def test_templates_are_rendered_and_checked() -> None:
+    before = children()
+    async with open_preparation(timeout=10) as service:
+        assert await service.compile_error(TEMPLATE) is None
+        assert "syntax error" in (await service.compile_error("{{ oops") or "")
+        await assert_still_works(service)
+        failed = await service.render("{{ raise_exception('no') }}", VARIABLES)
+        assert failed == ChatTemplateError("the model's chat template raised an exception: no")
+        assert len(children() - before) == 1
+    assert children() == before
+
+
+async def test_jobs_at_once_share_one_process() -> None:
+    before = children()
+    async with open_preparation(timeout=10) as service:
+        await assert_still_works(service)
+        async with trio.open_nursery() as jobs:
+            for _ in range(20):
+                jobs.start_soon(assert_still_works, service)
+        assert len(children() - before) == 1
+
+
+async def test_an_endless_template_fails_its_request_and_delays_others_little() -> None:
+    failed: list[Prompt | ChatTemplateError] = []
+
+    async def run_into_the_deadline(service: Preparation) -> None:
+        failed.append(await service.render(ENDLESS, VARIABLES))
+
+    async with open_preparation(timeout=1.5) as service, trio.open_nursery() as jobs:
+        await assert_still_works(service)
+        jobs.start_soon(run_into_the_deadline, service)
+        await trio.sleep(0.02)
+        with trio.fail_after(1.4):
+            await assert_still_works(service)
+        assert not failed
+    assert failed == [ChatTemplateError("the chat template was not rendered within 1.5 s")]
+
+
+async def test_all_workers_stuck_serve_again_after_the_deadline() -> None:
+    async with open_preparation(timeout=1) as service, trio.open_nursery() as jobs:
+        for _ in range(preparation.MAX_WORKERS):
+            jobs.start_soon(service.render, ENDLESS, VARIABLES)
+        await trio.sleep(0.6)
+        assert len(children()) >= preparation.MAX_WORKERS
+        await assert_still_works(service)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory limit is Linux's")
+async def test_a_template_that_grows_hits_the_memory_limit() -> None:
+    async with open_preparation(timeout=10) as service:
+        grown = await service.render("{{ ('x' * 2000000000) | length }}", VARIABLES)
+        assert grown == ChatTemplateError("the template needs more memory than it may have")
+        await assert_still_works(service)
+
+
+async def test_a_killed_process_fails_its_request_and_is_replaced() -> None:
+    before = children()
+    failed: list[Prompt | ChatTemplateError] = []
+
+    async def be_killed(service: Preparation) -> None:
+        failed.append(await service.render(ENDLESS, VARIABLES))
+
+    async with open_preparation(timeout=10) as service:
+        async with trio.open_nursery() as jobs:
+            jobs.start_soon(be_killed, service)
+            await trio.sleep(0.2)
+            [worker] = children() - before
+            os.kill(worker, signal.SIGKILL)
+        assert failed == [ChatTemplateError("the process that renders chat templates died: SIGKILL")]
+        await assert_still_works(service)
+        [worker] = children() - before
+        os.kill(worker, signal.SIGKILL)
+        await trio.sleep(0.1)
+        await assert_still_works(service)  # an idle one that died is noticed
+    assert children() == before
+
+
+async def test_a_cancelled_job_leaves_no_answer_for_the_next() -> None:
+    before = children()
+    async with open_preparation(timeout=10) as service:
+        await assert_still_works(service)
+        with trio.move_on_after(0.05):
+            await service.render(ENDLESS, VARIABLES)
+        await assert_still_works(service)
+    assert children() == before
+
+
+async def test_interrupts_from_the_terminal_do_not_reach_the_process() -> None:
+    before = children()
+    async with open_preparation(timeout=10) as service:
+        await assert_still_works(service)
+        [worker] = children() - before
+        assert os.getpgid(worker) != os.getpgid(0)
+        os.kill(worker, signal.SIGINT)
+        await assert_still_works(service)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the death signal is Linux's")
+async def test_a_process_does_not_outlive_an_agent_that_was_killed() -> None:
+    agent = subprocess.Popen(  # noqa: ASYNC220 two processes away from the one under test
+        [sys.executable, "-c", AGENT_WITH_A_STUCK_JOB, ENDLESS], stdout=subprocess.PIPE, text=True
+    )
+    with agent:
+        assert agent.stdout is not None
+        worker = int(agent.stdout.readline())
+        agent.kill()
+    with trio.fail_after(2):
+        while is_running(worker):  # noqa: ASYNC110 a stranger's child can only be looked at
+            await trio.sleep(0.01)
+
+
+AGENT_WITH_A_STUCK_JOB = """
+import os, pathlib, sys, trio
+from paddler.agent.preparation import open_preparation
+
+async def main():
+    async with open_preparation(timeout=60) as service, trio.open_nursery() as jobs:
+        await service.compile_error("fine")
+        jobs.start_soon(service.render, sys.argv[1], {"messages": [], "add_generation_prompt": False})
+        await trio.sleep(0.1)
+        print(pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text(), flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process of that id is there and no zombie."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,374 @@
+"""Requests in slots: whatever happens, each ends with exactly one terminal piece."""
+
+import json
+import logging
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from paddler.agent.slots import Serving, Slots
+from paddler.engine.pipe import Advance, Finish
+from paddler.errors import RemoteProtocolError
+from paddler.language.chat_template import MAX_PROMPT_CHARACTERS
+from paddler.language.token_classifier import FAMILIES, Markers
+from paddler.messages.agent_socket import TERMINAL_LETTERS, Piece
+from paddler.messages.inference import (
+    ContentPart,
+    ContinueFromConversationHistory,
+    ContinueFromRawPrompt,
+    ConversationMessage,
+    GbnfGrammar,
+    ImagePart,
+    ImageUrl,
+    TextPart,
+    TokenRequest,
+)
+from paddler.messages.tokens import StreamError
+from tests.agent.local_renderer import LocalRenderer
+from tests.fakes.scripted_engine import CONTROL_TOKENS, END_TOKEN, SIMPLE_TEMPLATE
+
+RAW = ContinueFromRawPrompt(max_tokens=5, raw_prompt="Once upon")
+GRAMMAR = GbnfGrammar(grammar='root ::= "yes"', root="root")
+PNG = "data:image/png;base64,iVBORw0KGgo="
+NO_USAGE = {
+    "prompt_tokens": 0,
+    "cached_prompt_tokens": 0,
+    "input_image_tokens": 0,
+    "input_audio_tokens": 0,
+    "content_tokens": 0,
+    "reasoning_tokens": 0,
+    "tool_call_tokens": 0,
+    "undeterminable_tokens": 0,
+}
+
+
+def chat(
+    content: str = "Hello", *, images: Iterable[str] = (), enable_thinking: bool = False
+) -> ContinueFromConversationHistory:
+    parts: tuple[ContentPart, ...] = (TextPart(content), *(ImagePart(ImageUrl(url)) for url in images))
+    return ContinueFromConversationHistory(
+        add_generation_prompt=True,
+        conversation_history=(ConversationMessage("user", parts if images else content),),
+        enable_thinking=enable_thinking,
+        max_tokens=5,
+    )
+
+
+class RecordingEngine:
+    def __init__(self) -> None:
+        self.prompts: dict[int, tuple[str, int]] = {}
+        self.cancelled: list[int] = []
+
+    def generate(self, generation: int, *, prompt: str, max_tokens: int) -> None:
+        self.prompts[generation] = (prompt, max_tokens)
+
+    def cancel(self, generation: int) -> None:
+        self.cancelled.append(generation)
+
+
+class House:
+    """Slots with a link on one side and an engine played by the test on the other."""
+
+    def __init__(self, *, requests: trio.Nursery, renderer: LocalRenderer) -> None:
+        self.renderer = renderer
+        self.slots = Slots(renderer=renderer)
+        self.engine = RecordingEngine()
+        self.steps: list[list[Piece]] = []
+        self._requests = requests
+
+    def serving(
+        self,
+        *,
+        template: str | None = SIMPLE_TEMPLATE,
+        markers: Markers | None = None,
+        enable_embeddings: bool = False,
+    ) -> Serving:
+        return Serving(
+            engine=self.engine,
+            chat_template=template,
+            special_tokens={"bos_token": "<s>", "eos_token": "</s>", "nl_token": "\n"},
+            markers=markers,
+            control_tokens=CONTROL_TOKENS,
+            enable_embeddings=enable_embeddings,
+        )
+
+    def accept(self, number: int, body: TokenRequest) -> None:
+        self._requests.start_soon(self.slots.run, self.slots.accept(number, body))
+
+    async def start(self, number: int, body: TokenRequest = RAW) -> None:
+        self.accept(number, body)
+        await wait_all_tasks_blocked()
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [piece for step in self.steps for piece in step]
+
+    def terminal(self, number: int) -> tuple[str, Any]:
+        """Return letter and content of the one terminal piece of a request."""
+        [(letter, text)] = [
+            (letter, text)
+            for request, letter, text in self.pieces
+            if request == number and letter in TERMINAL_LETTERS
+        ]
+        return letter, json.loads(text)
+
+
+@asynccontextmanager
+async def open_house(*, delay: float = 0.0, **serving: Any) -> AsyncIterator[House]:
+    async with trio.open_nursery() as requests:
+        house = House(requests=requests, renderer=LocalRenderer(delay=delay))
+        house.slots.open_door(house.serving(**serving))
+        with house.slots.connected(house.steps.append):
+            yield house
+            requests.cancel_scope.cancel()
+            await trio.lowlevel.checkpoint_if_cancelled()
+
+
+def advance(generation: int, text: str = "", finish: Finish | None = None, **changes: Any) -> Advance:
+    tokens = (100,) if text else ()
+    made = Advance(generation, tokens, text, finish, "", prompt_tokens=3, cached_prompt_tokens=1)
+    return attrs.evolve(made, **changes)
+
+
+async def test_a_raw_prompt_goes_to_the_engine_as_it_is() -> None:
+    async with open_house() as house:
+        await house.start(7)
+        assert house.engine.prompts == {1: ("Once upon", 5)}
+        house.slots.on_turn([advance(1, " a")])
+        house.slots.on_turn([advance(1, " time\n", Finish.LENGTH)])
+        letter, done = house.terminal(7)
+        assert house.pieces[:2] == [(7, "U", '" a"'), (7, "U", '" time\\n"')]
+        assert letter == "D"
+        usage = NO_USAGE | {"prompt_tokens": 3, "cached_prompt_tokens": 1, "undeterminable_tokens": 2}
+        assert done == {"Done": {"usage": usage}}
+
+
+async def test_a_conversation_is_rendered_with_the_special_tokens() -> None:
+    async with open_house(template="{{ bos_token }}{{ messages[0].content }}") as house:
+        await house.start(1, chat("Hi"))
+        assert house.engine.prompts == {1: ("<s>Hi", 5)}
+
+
+async def test_all_slots_of_a_turn_travel_in_one_step() -> None:
+    async with open_house() as house:
+        await house.start(1)
+        await house.start(2)
+        house.slots.on_turn([advance(1, "a"), advance(2, "b")])
+        house.slots.on_turn([advance(1), advance(2)])  # nothing visible: no frame
+        assert house.steps == [[(1, "U", '"a"'), (2, "U", '"b"')]]
+
+
+@pytest.mark.scenario("TH-2", "TH-4")
+async def test_sections_follow_the_markers_from_where_the_prompt_ends() -> None:
+    async with open_house(markers=FAMILIES[0], template="{{ messages[0].content }}") as house:
+        await house.start(1, chat("plain"))
+        await house.start(2, ContinueFromRawPrompt(5, "<think>\n"))
+        house.slots.on_turn([advance(1, "a"), advance(2, "b")])
+        house.slots.on_turn([advance(2, "</think>"), advance(1, "x", tokens=(END_TOKEN,), finish=Finish.END)])
+        house.slots.on_turn([advance(2, "c", Finish.LENGTH)])
+        assert [piece[:2] for piece in house.pieces] == [
+            (1, "C"),
+            (2, "R"),
+            (1, "C"),
+            (1, "D"),
+            (2, "C"),
+            (2, "D"),
+        ]
+
+
+async def test_what_the_classifier_held_back_is_sent_with_the_end() -> None:
+    async with open_house(markers=FAMILIES[0]) as house:
+        await house.start(1)
+        house.slots.on_turn([advance(1, "a<thi")])
+        assert house.pieces == []
+        house.slots.on_turn([advance(1, "", Finish.STOPPED)])
+        assert house.pieces[0] == (1, "C", '"a<thi"')
+        assert house.terminal(1)[0] == "D"
+
+
+async def test_a_failed_generation_is_a_sampler_error() -> None:
+    async with open_house() as house:
+        await house.start(1)
+        house.slots.on_turn([advance(1, finish=Finish.FAILED, failure="Request evicted due to pressure")])
+        assert house.terminal(1) == ("D", {"SamplerError": "Request evicted due to pressure"})
+
+
+async def test_a_stop_while_generating_ends_with_the_usage_so_far() -> None:
+    async with open_house() as house:
+        await house.start(1)
+        house.slots.on_turn([advance(1, "a")])
+        house.slots.stop(1)
+        house.slots.stop(1)
+        house.slots.stop(99)
+        assert house.engine.cancelled == [1]
+        house.slots.on_turn([advance(1, finish=Finish.STOPPED)])
+        _, done = house.terminal(1)
+        assert done["Done"]["usage"]["undeterminable_tokens"] == 1
+
+
+@pytest.mark.parametrize("body", [RAW, chat()])
+async def test_a_stop_right_behind_the_request_finds_it(body: TokenRequest) -> None:
+    async with open_house() as house:
+        house.accept(1, body)
+        house.slots.stop(1)
+        await wait_all_tasks_blocked()
+        assert house.terminal(1) == ("D", {"Done": {"usage": NO_USAGE}})
+        assert house.engine.prompts == {}
+
+
+async def test_a_stop_cancels_preparation(autojump_clock: MockClock) -> None:
+    async with open_house(delay=100) as house:
+        await house.start(1, chat())
+        house.slots.stop(1)
+        await wait_all_tasks_blocked()
+        assert house.terminal(1) == ("D", {"Done": {"usage": NO_USAGE}})
+        assert house.renderer.rendered == []
+
+
+@pytest.mark.parametrize(
+    ("body", "variant", "words"),
+    [
+        (attrs.evolve(RAW, grammar=GRAMMAR), "GrammarInitializationFailed", "grammar"),
+        (attrs.evolve(chat(), grammar=GRAMMAR), "GrammarInitializationFailed", "not supported yet"),
+        (
+            attrs.evolve(chat(enable_thinking=True), grammar=GRAMMAR),
+            "GrammarIncompatibleWithThinking",
+            "enable_thinking",
+        ),
+        pytest.param(
+            chat(images=["https://example.org/a.png"]),
+            "ImageDecodingFailed",
+            "remote",
+            marks=pytest.mark.scenario("IM-8"),
+        ),
+        pytest.param(
+            chat(images=["data:image/png;base64"]),
+            "ImageDecodingFailed",
+            "comma",
+            marks=pytest.mark.scenario("IM-7"),
+        ),
+        pytest.param(
+            chat(images=["data:image/png;base64,!!!!"]),
+            "ImageDecodingFailed",
+            "broken",
+            marks=pytest.mark.scenario("IM-6"),
+        ),
+        (chat(images=["data:image/png;base64,AAAAA"]), "ImageDecodingFailed", "broken"),
+        (chat(images=["data:image/png;base64,"]), "ImageDecodingFailed", "empty"),
+        (chat(images=["data:image/png,AAAA"]), "ImageDecodingFailed", "base64"),
+        (chat(images=[PNG, "ftp://a"]), "ImageDecodingFailed", "remote"),
+        pytest.param(
+            chat(images=[PNG]),
+            "MultimodalNotSupported",
+            "not supported yet",
+            marks=pytest.mark.scenario("IM-9", "IM-10"),
+        ),
+        (ContinueFromRawPrompt(5, "x" * (MAX_PROMPT_CHARACTERS + 1)), "SamplerError", "evicted"),
+    ],
+)
+async def test_refusals(body: TokenRequest, variant: str, words: str) -> None:
+    async with open_house() as house:
+        await house.start(1, body)
+        letter, refusal = house.terminal(1)
+        assert letter == "D"
+        assert words in refusal[variant]
+        assert house.engine.prompts == {}
+
+
+@pytest.mark.parametrize("body", [RAW, chat()])
+async def test_in_embeddings_mode_tokens_are_disabled(body: TokenRequest) -> None:
+    async with open_house(template=None, enable_embeddings=True) as house:
+        await house.start(1, body)
+        assert list(house.terminal(1)[1]) == ["TokenGenerationDisabled"]
+
+
+async def test_a_template_that_refuses_the_conversation_is_a_chat_template_error() -> None:
+    async with open_house(template="{{ raise_exception('no') }}") as house:
+        await house.start(1, chat(images=[PNG]))
+        assert "raised an exception: no" in house.terminal(1)[1]["ChatTemplateError"]
+
+
+async def test_behind_a_closed_door_arrivals_are_bounced_and_accepted_ones_finish(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_house(delay=1) as house:
+        await house.start(1, chat())
+        house.slots.close_door()
+        await house.start(2, chat())
+        assert house.terminal(2) == ("B", None)
+        await trio.sleep(2)
+        assert list(house.engine.prompts) == [1]
+        with trio.move_on_after(5) as emptied:
+            await house.slots.emptied()
+        assert emptied.cancelled_caught
+        house.slots.on_turn([advance(1, "a", Finish.END)])
+        with trio.fail_after(5):
+            await house.slots.emptied()
+
+
+async def test_a_failed_engine_ends_its_requests_and_bounces_those_in_preparation(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_house(delay=1) as house:
+        await house.start(1)
+        await house.start(2)
+        await house.start(3, chat())
+        house.slots.fail(StreamError(502, "Engine stopped: SIGKILL"))
+        assert house.steps == [
+            [(number, "X", '{"code":502,"description":"Engine stopped: SIGKILL"}') for number in (1, 2)]
+        ]
+        await house.start(4)
+        await trio.sleep(2)
+        assert house.terminal(3) == house.terminal(4) == ("B", None)
+        with trio.fail_after(1):
+            await house.slots.emptied()
+        house.slots.on_turn([advance(1, "late")])
+        assert len(house.pieces) == 4
+
+
+async def test_a_prompt_that_is_ready_for_a_restarted_engine_is_bounced(autojump_clock: MockClock) -> None:
+    async with open_house(delay=1) as house:
+        await house.start(1, chat())
+        house.slots.fail(StreamError(502, "Engine stopped: hang"))
+        house.slots.open_door(house.serving())
+        await trio.sleep(2)
+        assert house.terminal(1) == ("B", None)
+
+
+async def test_a_number_in_use_breaks_the_protocol() -> None:
+    async with open_house() as house:
+        await house.start(1)
+        with pytest.raises(RemoteProtocolError):
+            house.slots.accept(1, RAW)
+        house.slots.on_turn([advance(1, "a", Finish.END)])
+        await wait_all_tasks_blocked()
+        await house.start(1)
+        assert list(house.engine.prompts) == [1, 2]
+
+
+async def test_requests_end_with_their_link_and_the_engine_is_told() -> None:
+    async with open_house() as house:
+        slots, engine, steps = house.slots, house.engine, house.steps
+        await house.start(1)
+        await house.start(2, chat())
+    assert sorted(engine.cancelled) == [1, 2]
+    assert steps == []
+    with trio.fail_after(1):
+        await slots.emptied()
+    slots.on_turn([advance(1, "late", Finish.STOPPED)])
+
+
+async def test_an_unexpected_error_ends_one_request(logged_errors: list[logging.LogRecord]) -> None:
+    async with open_house() as house:
+        await house.start(1)
+        await house.start(2)
+        broken = advance(1, "a", tokens=None, finish=Finish.END)  # what no engine sends
+        house.slots.on_turn([broken, advance(2, "b")])
+        assert house.terminal(1) == ("X", {"code": 500, "description": "Internal server error"})
+        assert house.pieces[-1] == (2, "U", '"b"')
+    assert [record.getMessage() for record in logged_errors] == ["request 1 failed"]
