@@ -1,0 +1,245 @@
+"""Many requests over one WebSocket (inference-api §8).
+
+Whatever has something to say to the client puts it into the outbox, a plain call; one task writes.
+A client that stops reading fills its own outbox and loses its own socket, nothing else.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+import trio
+from quart.wrappers import Websocket
+
+from paddler.errors import RemoteProtocolError, ShuttingDown
+from paddler.http.admission import invalid_parameters, is_embeddings_mode
+from paddler.http.connection import Connection
+from paddler.http.replies import Envelope, serve_request
+from paddler.messages import wire
+from paddler.messages.agent_socket import TERMINAL_LETTERS, escape_text
+from paddler.messages.inference_socket import (
+    ClientFrame,
+    Error,
+    Notification,
+    Request,
+    ServerNotification,
+)
+from paddler.messages.tokens import TOKEN_GENERATION_DISABLED_TEXT, StreamError
+
+if TYPE_CHECKING:
+    from paddler.balancer.changes import Subscription
+    from paddler.balancer.reconciliation import Reconciliation
+    from paddler.balancer.relay import Relay
+
+log = logging.getLogger(__name__)
+
+OUTBOX_BYTES: Final = 1024 * 1024
+"""What a socket may leave unread …"""
+
+OUTBOX_BYTES_PER_REQUEST: Final = 64 * 1024
+"""… and how much more for each request that runs on it."""
+
+FAREWELL_TIMEOUT: Final = 0.7
+"""How long the last messages and the close frame may take at shutdown; within the surface's grace."""
+
+GOING_AWAY: Final = 1001
+
+
+async def serve_inference_socket(
+    websocket: Websocket, *, relay: "Relay", reconciliation: "Reconciliation", stopping: trio.Event
+) -> None:
+    """Serve one client's WebSocket until it ends or `stopping` is set. Cancelling cancels its requests."""
+    await websocket.accept()
+    connection: Connection = websocket.scope["state"]["connection"]
+    async with trio.open_nursery() as socket:
+        outbox = Outbox(on_overflow=connection.abort)
+        socket.start_soon(_write_forever, outbox, connection)
+        client = SocketClient(outbox, requests=socket, relay=relay, reconciliation=reconciliation)
+        changes = reconciliation.changes.subscribe()
+        client.notify_mode()  # before anything else that the client may get
+        socket.start_soon(_notify_forever, changes, client)
+        socket.start_soon(_read_forever, websocket, client)
+        await stopping.wait()
+        client.end_requests(StreamError(503, str(ShuttingDown())))
+        with trio.move_on_after(FAREWELL_TIMEOUT):
+            await outbox.wait_until_sent()
+            await websocket.close(GOING_AWAY, "Server shutting down")
+        socket.cancel_scope.cancel()
+
+
+async def _read_forever(websocket: Websocket, client: "SocketClient") -> None:
+    while True:
+        message: str | bytes | None = await websocket.receive()
+        if isinstance(message, str):
+            client.take(message)
+        else:  # an empty binary message comes as None
+            log.info("ignored a binary message of a client")
+
+
+async def _notify_forever(changes: "Subscription", client: "SocketClient") -> None:
+    while True:
+        await changes.wait()
+        client.notify_mode()
+
+
+async def _write_forever(outbox: "Outbox", connection: Connection) -> None:
+    try:
+        await outbox.drain_forever(connection.send_texts)
+    except trio.ClosedResourceError:
+        connection.abort()  # the client left; the reader learns it too, and cancels all of this
+
+
+class Outbox:
+    """Messages on their way to one client, limited in bytes."""
+
+    def __init__(self, *, on_overflow: Callable[[], None]) -> None:
+        self.limit_bytes = OUTBOX_BYTES
+        self._on_overflow = on_overflow
+        self._messages: list[str] = []
+        self._unsent = 0
+        self._filled = trio.Event()
+        self._emptied = trio.Event()
+
+    def put(self, message: str) -> None:
+        """Queue a message. A plain call; over the limit, the socket is ended instead."""
+        if self._unsent > self.limit_bytes:
+            return
+        self._messages.append(message)
+        self._unsent += len(message)
+        if self._unsent > self.limit_bytes:
+            log.info("an inference socket ends: its client reads too slowly")
+            self._messages.clear()
+            self._on_overflow()
+        self._filled.set()
+
+    async def drain_forever(self, send: Callable[[list[str]], Awaitable[None]]) -> None:
+        """Send what is put, all that has accumulated at a time."""
+        while True:
+            await self._filled.wait()
+            self._filled = trio.Event()
+            messages, self._messages = self._messages, []
+            await send(messages)
+            self._unsent -= sum(map(len, messages))
+            if not self._unsent:
+                self._emptied.set()
+                self._emptied = trio.Event()
+
+    async def wait_until_sent(self) -> None:
+        while self._unsent:
+            await self._emptied.wait()
+
+
+class SocketClient:
+    """One client's requests, by the ids it chose."""
+
+    def __init__(
+        self, outbox: Outbox, *, requests: trio.Nursery, relay: "Relay", reconciliation: "Reconciliation"
+    ) -> None:
+        self._outbox = outbox
+        self._requests = requests
+        self._relay = relay
+        self._reconciliation = reconciliation
+        self._running: dict[str, SocketReply] = {}
+        self._refuse_all: StreamError | None = None
+        self._told_embeddings = False
+
+    def take(self, text: str) -> None:
+        """Act on one message of the client. What cannot be understood is ignored."""
+        try:
+            frame: ClientFrame = wire.decode(text, ClientFrame)  # type: ignore[arg-type]  # a union
+        except RemoteProtocolError as reason:
+            log.info("ignored a message of a client: %s", reason)
+            return
+        match frame:
+            case Request(id=request_id):
+                self._start(request_id, frame)
+            case Notification(payload=stop):
+                reply = self._running.get(stop.payload)
+                if reply is not None:
+                    reply.cancel()
+            case Error(request_id=request_id, error=reported):
+                log.info("a client reports for %r: %d %s", request_id, reported.code, reported.description)
+
+    def end_requests(self, error: StreamError) -> None:
+        """End every request, running or still to come, with this error."""
+        self._refuse_all = error
+        for reply in list(self._running.values()):
+            reply.error(error)
+            reply.cancel()
+
+    def notify_mode(self) -> None:
+        """Tell the client that the cluster turned to embeddings, or back, if it does not know yet."""
+        embeddings = is_embeddings_mode(self._reconciliation.applicable_state)
+        if embeddings == self._told_embeddings:
+            return
+        self._told_embeddings = embeddings
+        disabled = ServerNotification.TOKEN_GENERATION_DISABLED
+        enabled = ServerNotification.TOKEN_GENERATION_ENABLED
+        self._outbox.put(wire.encode({"Notification": (disabled if embeddings else enabled).value}))
+
+    def _start(self, request_id: str, frame: Request) -> None:
+        envelope = Envelope(request_id)
+        if request_id in self._running:
+            description = f'Request id "{request_id}" is already in flight on this connection'
+            self._outbox.put(envelope.error(StreamError(400, description)))
+        elif self._refuse_all is not None:
+            self._outbox.put(envelope.error(self._refuse_all))
+        elif is_embeddings_mode(self._reconciliation.applicable_state):
+            disabled = f'{{"TokenGenerationDisabled":{escape_text(TOKEN_GENERATION_DISABLED_TEXT)}}}'
+            self._outbox.put(envelope.message(None, "D", disabled))
+        elif (objection := invalid_parameters(frame.request)) is not None:
+            self._outbox.put(envelope.error(StreamError(400, objection)))
+        else:
+            reply = SocketReply(envelope, self._outbox, on_end=lambda: self._forget(request_id))
+            self._running[request_id] = reply
+            self._limit_outbox()
+            self._requests.start_soon(self._run, frame, reply)
+
+    async def _run(self, frame: Request, reply: "SocketReply") -> None:
+        with reply.scope:
+            await serve_request(self._relay, frame.request, reply, request_id=frame.id)
+        reply.end()
+
+    def _forget(self, request_id: str) -> None:
+        del self._running[request_id]
+        self._limit_outbox()
+
+    def _limit_outbox(self) -> None:
+        self._outbox.limit_bytes = OUTBOX_BYTES + OUTBOX_BYTES_PER_REQUEST * len(self._running)
+
+
+class SocketReply:
+    """Where the messages of one request of a socket go.
+
+    Its id is free again with the terminal message, not only when the relay has returned.
+    """
+
+    def __init__(self, envelope: Envelope, outbox: Outbox, *, on_end: Callable[[], None]) -> None:
+        self.scope = trio.CancelScope()
+        self._envelope = envelope
+        self._outbox = outbox
+        self._on_end = on_end
+        self._ended = False
+
+    def piece(self, agent_name: str | None, letter: str, text: str) -> None:
+        if self._ended:
+            return
+        self._outbox.put(self._envelope.message(agent_name, letter, text))
+        if letter in TERMINAL_LETTERS:
+            self.end()
+
+    def error(self, error: StreamError) -> None:
+        if self._ended:
+            return
+        self._outbox.put(self._envelope.error(error))
+        self.end()
+
+    def cancel(self) -> None:
+        """Stop the request without another word to the client."""
+        self.end()
+        self.scope.cancel()
+
+    def end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._on_end()

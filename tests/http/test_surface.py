@@ -1,0 +1,190 @@
+import json
+import socket
+
+import pytest
+import trio
+from quart import request
+
+from paddler.config import Address
+from paddler.errors import AgentGone, AnswerTimeout, ConfigurationError, NoSuchAgent, PaddlerError
+from paddler.http.surface import make_app, open_surface
+from tests.http.support import LOOPBACK, RawClient, connect, inference_room, serving
+
+ORIGIN = "http://127.0.0.1:8062"
+PREFLIGHT = ("Access-Control-Request-Method: POST",)
+
+
+def loopback_6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+async def test_an_address_in_use_is_a_configuration_error() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        address = Address("127.0.0.1", port, f"localhost:{port}")
+        with pytest.raises(ConfigurationError) as caught:
+            async with open_surface(
+                make_app("x", cors_allowed_hosts=()),
+                name="management",
+                address=address,
+                stopping=trio.Event(),
+                max_message_bytes=1,
+            ):
+                pass
+    assert (
+        str(caught.value) == f"management service cannot listen on localhost:{port}: Address already in use"
+    )
+
+
+@pytest.mark.skipif(not loopback_6(), reason="this host has no IPv6 loopback")
+async def test_a_surface_listens_on_ipv6_too() -> None:
+    async with open_surface(
+        make_app("x", cors_allowed_hosts=()),
+        name="x",
+        address=Address("::1", 0, "[::1]:0"),
+        stopping=trio.Event(),
+        max_message_bytes=1,
+    ) as surface:
+        assert surface.host == "::1"
+        async with RawClient(await trio.open_tcp_stream("::1", surface.port)) as client:
+            assert (await client.request("GET", "/health", None, "Connection: close")).text == "OK"
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
+async def test_accepted_sockets_notice_dead_peers() -> None:
+    app = make_app("x", cors_allowed_hosts=())
+
+    @app.get("/options")
+    async def options() -> dict[str, int]:
+        raw = request.scope["state"]["connection"].stream.socket
+        return {
+            "user timeout": raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+            "keep alive": raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        }
+
+    async with serving(app, stopping=trio.Event()) as surface, await connect(surface.port) as client:
+        answer = await client.request("GET", "/options")
+    assert json.loads(answer.text) == {"user timeout": 10_000, "keep alive": 1}
+
+
+async def test_leaving_the_block_closes_idle_connections_at_once() -> None:
+    clients = []
+    async with open_surface(
+        make_app("x", cors_allowed_hosts=()),
+        name="x",
+        address=LOOPBACK,
+        stopping=trio.Event(),
+        max_message_bytes=1,
+    ) as surface:
+        for _ in range(3):
+            client = await connect(surface.port)
+            assert (await client.request("GET", "/health")).status == 200
+            clients.append(client)
+        left = trio.current_time()
+    assert trio.current_time() - left < 0.2
+    for client in clients:
+        assert await client.ends()
+        await trio.aclose_forcefully(client.stream)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (NoSuchAgent("a"), 404, ""),
+        (AgentGone("a"), 502, ""),
+        (AnswerTimeout("a", 3), 504, ""),
+    ],
+)
+async def test_errors_have_one_status_each(error: PaddlerError, status: int, text: str) -> None:
+    app = make_app("x", cors_allowed_hosts=())
+
+    @app.get("/fails")
+    async def fails() -> str:
+        raise error
+
+    async with serving(app, stopping=trio.Event()) as surface, await connect(surface.port) as client:
+        answer = await client.request("GET", "/fails")
+    assert (answer.status, answer.text) == (status, text)
+
+
+async def test_a_bug_is_logged_and_answered_without_its_details(logged_errors: list[object]) -> None:
+    app = make_app("x", cors_allowed_hosts=())
+
+    @app.get("/fails")
+    async def fails() -> str:
+        raise RuntimeError("secret")
+
+    async with serving(app, stopping=trio.Event()) as surface, await connect(surface.port) as client:
+        answer = await client.request("GET", "/fails")
+    assert answer.status == 500
+    assert "secret" not in answer.text
+    assert len(logged_errors) == 1
+
+
+@pytest.mark.parametrize("path", ["/health", "/api/v1/continue_from_raw_prompt", "/anything"])
+async def test_a_preflight_of_an_allowed_origin_is_granted_on_any_path(path: str) -> None:
+    async with inference_room(cors=(ORIGIN,)) as room, await room.connect() as client:
+        answer = await client.request(
+            "OPTIONS",
+            path,
+            None,
+            f"Origin: {ORIGIN}",
+            *PREFLIGHT,
+            "Access-Control-Request-Headers: content-type, Accept",
+        )
+    assert answer.status == 200
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    assert answer.headers["access-control-allow-methods"] == "DELETE, GET, POST, PUT, OPTIONS"
+    assert answer.headers["access-control-allow-headers"] == "Accept, Authorization, Content-Type"
+    assert answer.headers["access-control-max-age"] == "3600"
+    assert "Origin" in answer.headers["vary"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        PREFLIGHT,
+        ("Origin: http://other", *PREFLIGHT),
+        ("Origin: 127.0.0.1:8062", *PREFLIGHT),
+        (f"Origin: {ORIGIN}/", *PREFLIGHT),
+        (f"Origin: {ORIGIN}", "Access-Control-Request-Method: PATCH"),
+        (f"Origin: {ORIGIN}", *PREFLIGHT, "Access-Control-Request-Headers: X-Other"),
+    ],
+)
+async def test_other_preflights_are_refused(headers: tuple[str, ...]) -> None:
+    async with inference_room(cors=(ORIGIN,)) as room, await room.connect() as client:
+        answer = await client.request("OPTIONS", "/health", None, *headers)
+    assert answer.status == 400
+    assert answer.text
+    assert "access-control-allow-methods" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "answered"),
+    [
+        ((ORIGIN,), ORIGIN, ORIGIN),
+        ((ORIGIN,), "http://other", None),
+        ((ORIGIN,), None, None),
+        ((), ORIGIN, None),
+        (("127.0.0.1",), ORIGIN, None),
+    ],
+)
+async def test_ordinary_answers_name_an_allowed_origin_only(
+    allowed: tuple[str, ...], origin: str | None, answered: str | None
+) -> None:
+    headers = () if origin is None else (f"Origin: {origin}",)
+    async with inference_room(cors=allowed) as room, await room.connect() as client:
+        for path, status in (("/health", 200), ("/nothing", 404)):
+            answer = await client.request("GET", path, None, *headers)
+            assert answer.status == status
+            assert answer.headers.get("access-control-allow-origin") == answered
+            assert answer.headers["vary"] == (
+                "Origin, Access-Control-Request-Method, Access-Control-Request-Headers"
+            )
