@@ -1,0 +1,83 @@
+"""The agent as a whole: its nursery tree on one screen.
+
+Nesting is shutdown order. The link says goodbye first, while its requests are still known; then the
+engine ends, and the preparation processes last.
+"""
+
+import ipaddress
+import logging
+
+import trio
+
+from paddler.agent.balancer_link import new_agent_id, stay_connected
+from paddler.agent.link_session import LinkSession, Receive, Send
+from paddler.agent.model_service import ModelService
+from paddler.agent.preparation import open_preparation
+from paddler.agent.reconciliation import Reconciliation
+from paddler.agent.slots import Slots
+from paddler.agent.status import StatusBoard
+from paddler.config import AgentConfig
+from paddler.engine.cores import engine_threads
+from paddler.engine.handle import open_engine
+
+log = logging.getLogger(__name__)
+
+
+async def run(
+    config: AgentConfig,
+    stop: trio.Event,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run an agent until `stop` is set. It looks for its balancer as long as it runs."""
+    board = StatusBoard(slots=config.slots)
+    threads = config.threads or engine_threads(shared_host=_is_local(config.management_address.host))
+    async with open_preparation(timeout=config.preparation_timeout) as preparation:
+        slots = Slots(renderer=preparation)
+        service = ModelService(
+            board=board,
+            slots=slots,
+            renderer=preparation,
+            open_engine=open_engine,
+            engine_timeouts=config.engine_timeouts,
+            kv_layout=config.kv_layout,
+            threads=threads,
+        )
+        reconciliation = Reconciliation(board=board, slots=slots, service=service)
+
+        def open_session(receive: Receive, send: Send) -> LinkSession:
+            return LinkSession(
+                name=config.name,
+                board=board,
+                slots=slots,
+                reconciliation=reconciliation,
+                liveness_timeout=config.liveness_timeout,
+                farewell_timeout=config.disconnect_timeout,
+                receive=receive,
+                send=send,
+            )
+
+        async def stay_linked() -> None:
+            await stay_connected(
+                open_session,
+                address=config.management_address,
+                agent_id=agent_id,
+                connect_timeout=config.connect_timeout,
+                disconnect_timeout=config.disconnect_timeout,
+            )
+
+        agent_id = new_agent_id()
+        log.info("agent %s: %d slots, %d engine threads", agent_id, config.slots, threads)
+        async with trio.open_nursery() as services:
+            services.start_soon(reconciliation.apply_desired_state)
+            async with trio.open_nursery() as links:
+                links.start_soon(stay_linked)
+                task_status.started()
+                await stop.wait()
+                log.info("agent stops")
+                links.cancel_scope.cancel()
+            services.cancel_scope.cancel()
+
+
+def _is_local(host: str) -> bool:
+    return ipaddress.ip_address(host).is_loopback

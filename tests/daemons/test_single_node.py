@@ -1,0 +1,110 @@
+"""`paddler up` and the second half of the quickstart, as a newcomer runs them."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+ANY_PORTS = ("--inference-addr=127.0.0.1:0", "--management-addr=127.0.0.1:0", "--threads=1", "--slots=2")
+ANSWER = "A slot is a place in an agent that handles one request at a time."
+
+pytestmark = pytest.mark.slow
+
+
+@contextmanager
+def started(*command: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_welcome(process: subprocess.Popen[str]) -> str:
+    """Return what `paddler up` says once it serves."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("Ctrl-C"):
+            break
+    return "".join(lines)
+
+
+def test_up_says_where_it_serves_and_ends_cleanly_on_a_signal() -> None:
+    with started("-m", "paddler", "up", *ANY_PORTS) as up:
+        welcome = read_welcome(up)
+        assert welcome.startswith("Paddler serves paddler-tiny-chat.gguf on 2 slots.\n")
+        [url] = set(re.findall(r"http://127\.0\.0\.1:\d+(?=/api)", welcome))
+        asked = subprocess.run(
+            [sys.executable, SCRIPTS / "ask.py", "What is 2 + 2?", "--url", url],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert (asked.returncode, asked.stdout, asked.stderr) == (0, "2 + 2 = 4.\n", "")
+        up.send_signal(signal.SIGINT)
+        _, log = up.communicate(timeout=10)
+        assert up.returncode == 0
+        assert "ERROR" not in log
+
+
+def test_the_body_of_the_curl_example_is_a_request(tmp_path: Path) -> None:
+    with started("-m", "paddler", "up", *ANY_PORTS) as up:
+        example = re.search(r"-d '(.*?)'", read_welcome(up), re.DOTALL)
+        assert example is not None
+        assert json.loads(example[1])["conversation_history"][0]["content"] == "What is a slot?"
+
+
+def test_up_keeps_the_model_that_its_database_has(tmp_path: Path) -> None:
+    database = tmp_path / "state.json"
+    with started("-m", "paddler", "up", *ANY_PORTS, f"--state-database=file://{database}") as up:
+        read_welcome(up)
+    document = json.loads(database.read_text())
+    assert document["balancer_desired_state"]["model"]["LocalToAgent"].endswith("paddler-tiny-chat.gguf")
+    document["balancer_desired_state"]["inference_parameters"]["context_size"] = 1024
+    database.write_text(json.dumps(document))
+    with started("-m", "paddler", "up", *ANY_PORTS, f"--state-database=file://{database}") as up:
+        read_welcome(up)
+    assert json.loads(database.read_text()) == document
+
+
+def test_the_quickstart_shows_one_answer_and_ends() -> None:
+    with started(str(SCRIPTS / "serve_and_ask.py"), "--once", *ANY_PORTS) as quickstart:
+        said, _ = quickstart.communicate(timeout=60)
+        assert quickstart.returncode == 0
+        assert said.endswith(f"> What is a slot?\n{ANSWER}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_quickstart_serves_on_until_it_is_told_to_stop(number: signal.Signals) -> None:
+    with started(str(SCRIPTS / "serve_and_ask.py"), *ANY_PORTS) as quickstart:
+        read_welcome(quickstart)
+        said = read_welcome(quickstart)
+        assert ANSWER in said
+        quickstart.send_signal(number)
+        _, log = quickstart.communicate(timeout=10)
+        assert quickstart.returncode == 0
+        assert log.count(": stopping") == 1
+
+
+def test_a_port_in_use_is_one_line_and_a_way_out() -> None:
+    with started("-m", "paddler", "up", *ANY_PORTS) as first:
+        found = re.search(r"inference +http://(\S+)", read_welcome(first))
+        assert found is not None
+        flags = [*ANY_PORTS[1:], f"--inference-addr={found[1]}"]
+        with started(str(SCRIPTS / "serve_and_ask.py"), *flags) as second:
+            said, log = second.communicate(timeout=30)
+            assert (second.returncode, said) == (1, "")
+            assert f"paddler: error: inference service cannot listen on {found[1]}" in log
+            assert "Choose others: scripts/quickstart --inference-addr" in log
+            assert "Traceback" not in log
