@@ -1,0 +1,185 @@
+"""Tokens per second through agent and balancer, next to the bare engine loop, in one run.
+
+Balancer, agent, engine and this client are processes of their own, as in real use; the bare loop is
+another one. Both have one engine thread and the same model, slots and prompts. Rounds alternate between
+the two, so that whatever else the machine does meets both; the table shows medians, and the median of
+the rounds' ratios. Compare the ratios: absolute numbers are those of one machine at one moment.
+
+    .venv/bin/python scripts/bench/throughput.py [--model FILE] [--rounds 5] [--tokens 256]
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import re
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+from make_model import write_model
+from workload import PARAMETERS, prompt_of
+
+from paddler.messages.state import DEFAULT_DESIRED_STATE, LocalModel
+from paddler.messages.wire import unstructure
+
+HERE = Path(__file__).parent
+START_WAIT = 60.0
+ROUND_WAIT = 600.0
+READ_BYTES = 1 << 18
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def running(*command: str, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run a process for the duration of the block."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(START_WAIT)
+
+
+def ask(port: int, method: str, path: str, body: object = None) -> bytes:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_WAIT)
+    headers = {"Content-Type": "application/json"}
+    connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+    response = connection.getresponse()
+    answer = response.read()
+    if response.status >= 300:
+        raise SystemExit(f"{method} {path}: {response.status} {answer.decode()}")
+    return answer
+
+
+def wait_until(condition: str, port: int, *, slots: int) -> None:
+    """Wait until the management service answers, and then until an agent has its slots."""
+    deadline = time.monotonic() + START_WAIT
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            agents = json.loads(ask(port, "GET", "/api/v1/agents"))["agents"]
+            if condition == "answers" or any(agent["slots_total"] == slots for agent in agents):
+                return
+        time.sleep(0.1)
+    raise SystemExit(f"gave up waiting: {condition}")
+
+
+@contextlib.contextmanager
+def running_system(model: Path, *, slots: int) -> Iterator[int]:
+    """Run a balancer and an agent; yield the port of the inference service."""
+    inference, management = free_port(), free_port()
+    paddler = (sys.executable, "-m", "paddler")
+    environment = os.environ | {"PADDLER_LOG": "warn"}
+    balancer = (
+        *paddler, "balancer",
+        f"--inference-addr=127.0.0.1:{inference}", f"--management-addr=127.0.0.1:{management}",
+    )  # fmt: skip
+    agent = (
+        *paddler, "agent", f"--management-addr=127.0.0.1:{management}", f"--slots={slots}",
+        "--kv-layout=per-slot", "--threads=1",
+    )  # fmt: skip
+    with running(*balancer, environment=environment), running(*agent, environment=environment):
+        wait_until("answers", management, slots=slots)
+        state = attrs.evolve(
+            DEFAULT_DESIRED_STATE, model=LocalModel(str(model)), inference_parameters=PARAMETERS
+        )
+        ask(management, "PUT", "/api/v1/balancer_desired_state", unstructure(state))
+        wait_until("serves", management, slots=slots)
+        yield inference
+
+
+def seconds_through_the_system(port: int, *, streams: int, tokens: int) -> float:
+    """Post `streams` requests at once and read them to their end with as little work as possible."""
+    began = time.perf_counter()
+    selector = selectors.DefaultSelector()
+    tails: dict[socket.socket, bytes] = {}
+    for stream in range(streams):
+        body = json.dumps({"raw_prompt": prompt_of(stream), "max_tokens": tokens}).encode()
+        client = socket.create_connection(("127.0.0.1", port))
+        client.sendall(
+            b"POST /api/v1/continue_from_raw_prompt HTTP/1.1\r\nHost: bench\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        selector.register(client, selectors.EVENT_READ)
+        tails[client] = b""
+    with selector:
+        while selector.get_map():
+            for key, _ in selector.select(ROUND_WAIT):
+                client = key.fileobj  # type: ignore[assignment]  # only sockets are registered
+                data = client.recv(READ_BYTES)
+                if not data:
+                    raise SystemExit("a stream ended without its last chunk")
+                tails[client] = (tails[client] + data)[-600:]
+                if tails[client].endswith(b"0\r\n\r\n"):
+                    selector.unregister(client)
+                    client.close()
+    seconds = time.perf_counter() - began
+    for tail in tails.values():
+        generated = sum(map(int, re.findall(rb'"(?:content|undeterminable)_tokens":(\d+)', tail)))
+        assert generated == tokens, tail
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a GGUF file; made with random weights when not given")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=256)
+    arguments = parser.parse_args()
+    slots = max(arguments.streams)
+    with contextlib.ExitStack() as stack:
+        model = arguments.model
+        if model is None:
+            model = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "bench.gguf"
+            parameters = write_model(model)
+            print(f"model: {parameters / 1e6:.1f} million random parameters, Q8_0")
+        bare = stack.enter_context(
+            running(
+                sys.executable, str(HERE / "bare_loop.py"), str(model), f"--slots={slots}",
+                environment=os.environ | {"GOMP_SPINCOUNT": "500"},
+            )
+        )  # fmt: skip
+        assert bare.stdin is not None
+        assert bare.stdout is not None
+        assert bare.stdout.readline() == "ready\n"
+        port = stack.enter_context(running_system(model, slots=slots))
+        print(f"{arguments.rounds} rounds of {arguments.tokens} tokens, one engine thread, {slots} slots\n")
+        print("| streams | bare loop, tokens/s | whole system, tokens/s | ratio | lowest to highest |")
+        print("|---|---|---|---|---|")
+        for streams in arguments.streams:
+            bare_rates, system_rates = [], []
+            for round_number in range(-1, arguments.rounds):
+                bare.stdin.write(f"{streams} {arguments.tokens}\n")
+                bare.stdin.flush()
+                alone = float(bare.stdout.readline())
+                whole = seconds_through_the_system(port, streams=streams, tokens=arguments.tokens)
+                if round_number >= 0:  # the first is a warm-up
+                    bare_rates.append(streams * arguments.tokens / alone)
+                    system_rates.append(streams * arguments.tokens / whole)
+            ratios = [system / alone for system, alone in zip(system_rates, bare_rates, strict=True)]
+            print(
+                f"| {streams} | {statistics.median(bare_rates):,.0f} | {statistics.median(system_rates):,.0f}"
+                f" | {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
