@@ -30,8 +30,9 @@ async def run(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run an agent until `stop` is set. It looks for its balancer as long as it runs."""
+    agent_id = new_agent_id()
     board = StatusBoard(slots=config.slots)
-    threads = config.threads or engine_threads(shared_host=_is_local(config.management_address.host))
+    threads = config.threads or engine_threads(shared_host=is_local(config.management_address.host))
     async with open_preparation(timeout=config.preparation_timeout) as preparation:
         slots = Slots(renderer=preparation)
         service = ModelService(
@@ -66,7 +67,6 @@ async def run(
                 disconnect_timeout=config.disconnect_timeout,
             )
 
-        agent_id = new_agent_id()
         log.info("agent %s: %d slots, %d engine threads", agent_id, config.slots, threads)
         async with trio.open_nursery() as services:
             services.start_soon(reconciliation.apply_desired_state)
@@ -79,5 +79,7 @@ async def run(
             services.cancel_scope.cancel()
 
 
-def _is_local(host: str) -> bool:
-    return ipaddress.ip_address(host).is_loopback
+def is_local(host: str) -> bool:
+    """Say whether an address, which may be one that a balancer on every interface has, is this host's."""
+    address = ipaddress.ip_address(host)
+    return address.is_loopback or address.is_unspecified

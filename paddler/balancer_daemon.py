@@ -5,6 +5,7 @@ agents' links; then the services.
 """
 
 import logging
+from functools import partial
 
 import attrs
 import trio
@@ -100,7 +101,16 @@ async def run(
                 max_message_bytes=MAX_CLIENT_MESSAGE_BYTES,
             ) as inference:
                 if config.statsd_address is not None:
-                    services.start_soon(_report, config, config.statsd_address, fleet, buffer)
+                    services.start_soon(
+                        partial(
+                            report_to_statsd,
+                            fleet,
+                            buffer,
+                            address=config.statsd_address,
+                            prefix=config.statsd_prefix,
+                            interval=config.statsd_reporting_interval,
+                        )
+                    )
                 task_status.started(
                     RunningBalancer(
                         inference_address=config.inference_address.at_port(inference.port),
@@ -116,13 +126,3 @@ async def run(
                 stopping.set()
             links.shut_down()
         services.cancel_scope.cancel()
-
-
-async def _report(config: BalancerConfig, address: Address, fleet: Fleet, buffer: RequestBuffer) -> None:
-    await report_to_statsd(
-        fleet,
-        buffer,
-        address=address,
-        prefix=config.statsd_prefix,
-        interval=config.statsd_reporting_interval,
-    )

@@ -76,7 +76,7 @@ class BalancerConfig:
 
 @attrs.frozen(kw_only=True)
 class EngineTimeouts:
-    """When an engine process counts as failed (engine notes §0, behaviour §16)."""
+    """When an engine process counts as failed."""
 
     start: float = 30.0
     """From spawn to the child's first frame."""

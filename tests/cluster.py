@@ -40,7 +40,7 @@ def loopback(port: int = 0) -> Address:
 
 
 def deterministic(**changes: Any) -> InferenceParameters:
-    """Return the deterministic preset of management-api §4.3, changed."""
+    """Return the deterministic preset, changed."""
     return attrs.evolve(DETERMINISTIC_PARAMETERS, **{"context_size": 4096, **changes})
 
 

@@ -4,23 +4,20 @@ A template is a program from a model file: it may loop for ever or fill the memo
 request a ChatTemplateError and the process its life, and nobody else anything.
 """
 
-import json
-import os
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from signal import Signals
-from typing import Any, Protocol
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any, Protocol, cast
 
 import attrs
 import trio
 
-from paddler.agent.preparation_process import LENGTH_BYTES, pack
-from paddler.errors import PaddlerError
+from paddler.errors import PaddlerError, RemoteProtocolError
 from paddler.language.chat_template import MAX_PROMPT_CHARACTERS, Prompt
 from paddler.messages.tokens import ChatTemplateError
+from paddler.processes.children import start_module, wait_for
+from paddler.processes.frames import FrameCutter, pack_frame
 
 MAX_WORKERS = 4
 """So many jobs can be stuck at once before others wait for a deadline; each worker costs some 30 MB."""
@@ -36,7 +33,6 @@ REAP_TIMEOUT = 2.0
 """How long a killed worker is waited for."""
 
 _MAX_ANSWER_BYTES = 6 * MAX_PROMPT_CHARACTERS + 1024 * 1024
-_RECEIVE_BYTES = 65536
 
 
 class TemplateRenderer(Protocol):
@@ -91,14 +87,18 @@ class Preparation:
                 await worker.ended()
 
     async def _run(self, job: dict[str, Any]) -> dict[str, str]:
-        worker = await self._lease()
+        try:
+            worker = await self._lease()
+        except _WorkerFailed as error:
+            self._waiting.unpark()  # whoever is next finds out for itself
+            return {"error": str(error)}
         answer: dict[str, str] | None = None
         try:
             with trio.fail_after(self._timeout):
-                answer = await worker.answer(pack(job))
+                answer = await worker.answer(pack_frame(job))
         except trio.TooSlowError:
             return {"error": f"the chat template was not rendered within {self._timeout:g} s"}
-        except _WorkerDied as error:
+        except _WorkerFailed as error:
             return {"error": str(error)}
         finally:
             self._leased.remove(worker)
@@ -138,11 +138,11 @@ class Preparation:
 
 
 @attrs.define(eq=False)
-class _WorkerDied(PaddlerError):
-    cause: str
+class _WorkerFailed(PaddlerError):
+    what: str
 
     def __str__(self) -> str:
-        return f"the process that renders chat templates died: {self.cause}"
+        return f"the process that renders chat templates {self.what}"
 
 
 class _Worker:
@@ -154,57 +154,46 @@ class _Worker:
 
     @classmethod
     def start(cls) -> "_Worker":
-        """Start a process; forked here, on the main thread, as its death signal follows the forking thread.
+        """Start a process, on the main thread. Raises _WorkerFailed.
 
         A process group of its own keeps it out of reach of Ctrl-C, also while Python still starts.
         """
-        ours, theirs = socket.socketpair()
-        arguments = [theirs.fileno(), MEMORY_LIMIT_BYTES, os.getpid()]
-        try:
-            process = subprocess.Popen(  # noqa: S603 our own module
-                [sys.executable, "-m", "paddler.agent.preparation_process", *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                process_group=0,
-            )
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
+        with ExitStack() as on_failure:
+            try:
+                ours, theirs = socket.socketpair()
+                on_failure.callback(ours.close)
+                with theirs:
+                    process = start_module(
+                        "paddler.agent.preparation_process",
+                        *(theirs.fileno(), MEMORY_LIMIT_BYTES),
+                        environment={},
+                        stdout=subprocess.DEVNULL,
+                        pass_fds=[theirs.fileno()],
+                        process_group=0,
+                    )
+            except OSError as error:
+                raise _WorkerFailed(f"cannot be started: {error.strerror}") from error
+            on_failure.pop_all()
         return cls(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
 
     async def answer(self, job: bytes) -> dict[str, str]:
-        """Hand over a job and wait for its answer. Raises _WorkerDied; cancelled, the worker is useless."""
+        """Hand over a job and wait for its answer. Raises _WorkerFailed; cancelled, the worker is useless."""
+        frames = FrameCutter(max_frame_bytes=_MAX_ANSWER_BYTES)
         try:
             await self._stream.send_all(job)
-            length = int.from_bytes(await self._receive(LENGTH_BYTES), "little")
-            if length > _MAX_ANSWER_BYTES:
-                raise _WorkerDied(f"an answer of {length} bytes")
-            answer: dict[str, str] = json.loads(await self._receive(length))
-        except (trio.BrokenResourceError, EOFError):
-            raise _WorkerDied(await self._cause()) from None
-        except ValueError:
-            raise _WorkerDied("an unreadable answer") from None
-        return answer
+            async for data in self._stream:
+                for answer in frames.feed(data):
+                    return cast("dict[str, str]", answer)
+        except RemoteProtocolError as error:
+            raise _WorkerFailed(f"gave {error}") from None
+        except trio.BrokenResourceError:
+            pass
+        raise _WorkerFailed(await self._what_happened())
 
-    async def _receive(self, length: int) -> bytes:
-        received = bytearray()
-        while len(received) < length:
-            data = await self._stream.receive_some(min(length - len(received), _RECEIVE_BYTES))
-            if not data:
-                raise EOFError
-            received += data
-        return bytes(received)
-
-    async def _cause(self) -> str:
+    async def _what_happened(self) -> str:
         with trio.move_on_after(REAP_TIMEOUT):
-            await self.ended()
-        code = self._process.poll()
-        if code is None:
-            return "it closed its socket"
-        return Signals(-code).name if code < 0 else f"exit status {code}"
+            return f"died: {await wait_for(self._process)}"
+        return "closed its socket"
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -215,11 +204,4 @@ class _Worker:
 
     async def ended(self) -> None:
         """Wait until the process has ended, and reap it."""
-        if sys.platform == "linux" and self.is_alive():
-            descriptor = os.pidfd_open(self._process.pid)
-            try:
-                await trio.lowlevel.wait_readable(descriptor)
-            finally:
-                os.close(descriptor)
-        while self.is_alive():  # noqa: ASYNC110 where there are no pidfds, the status is all there is
-            await trio.sleep(0.01)
+        await wait_for(self._process)

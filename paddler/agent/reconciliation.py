@@ -24,6 +24,8 @@ from paddler.models.sources import resolve_model, resolve_projection
 #             slots are announced, the accepted requests finish, and the engine is left.
 #
 # A state equal to the one that serves changes nothing, also when one in between could not be resolved.
+# What a newer state has made either task leave is begun anew, also when that state is gone again by the
+# time it is left: both take whatever is the newest then, never only what differs from what they left.
 # The status shows the newest state: that of resolving until it is resolved, that of applying from then on.
 
 Resolve = Callable[[ModelSource], Awaitable[str | None]]
@@ -74,9 +76,8 @@ class Reconciliation:
             services.start_soon(self._apply_forever)
 
     async def _resolve_forever(self) -> None:
-        state: ApplicableState | None = None
         while True:
-            state = await self._newest.other_than(state)
+            state = await self._newest.other_than(None)
             assert state is not None
             async with trio.open_nursery() as attempt:
                 attempt.start_soon(self._resolve, state)
@@ -104,9 +105,8 @@ class Reconciliation:
         self._resolved.set(Resolved(state, model_path, projection_path))
 
     async def _apply_forever(self) -> None:
-        resolved: Resolved | None = None
         while True:
-            resolved = await self._resolved.other_than(resolved)
+            resolved = await self._resolved.other_than(None)
             assert resolved is not None
             async with trio.open_nursery() as serving:
                 serving.start_soon(self._service.serve_forever, resolved, self._show_applying)

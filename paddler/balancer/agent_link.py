@@ -7,7 +7,7 @@ never waits for anyone: pieces, statuses and answers are handed on by plain call
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import attrs
 import trio
@@ -16,7 +16,7 @@ import paddler
 from paddler.balancer.outbox import Outbox
 from paddler.balancer.questions import Questions
 from paddler.balancer.request_buffer import RequestBuffer, Slot
-from paddler.balancer.running_requests import RunningRequest, RunningRequests
+from paddler.balancer.running_requests import Reply, RunningRequest, RunningRequests
 from paddler.errors import NoSuchAgent, RemoteProtocolError
 from paddler.messages.agent_socket import (
     PROTOCOL,
@@ -36,9 +36,6 @@ from paddler.messages.state import ApplicableState, ChatTemplate
 from paddler.messages.tokens import StreamError
 from paddler.messages.wire import decode, encode, parse_json, structure
 from paddler.routing.fleet import Agent, Fleet
-
-if TYPE_CHECKING:
-    from paddler.balancer.relay import Reply
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +84,8 @@ class AgentLink:
                 with trio.fail_after(self._timeouts.registration):
                     await send(encode(Welcome(PROTOCOL, paddler.__version__), BalancerFrame))
                     first = await receive()
-                admit(_read_register(first))
+                if not self.ended:  # a shutdown may come in the very tick of the first frame
+                    admit(_read_register(first))
             if self.requests is not None and not self.ended:
                 async with trio.open_nursery() as link:
                     link.start_soon(self._read_frames, receive)
@@ -205,7 +203,7 @@ class AgentLinks:
             if self._registered.get(agent_id) is link:  # and not the one that replaced it
                 del self._registered[agent_id]
 
-    def hand_over(self, slot: Slot, request: TokenRequest, reply: "Reply") -> RunningRequest:
+    def hand_over(self, slot: Slot, request: TokenRequest, reply: Reply) -> RunningRequest:
         """Give a request and the slot it holds to the link of the slot's agent.
 
         Raises LocalProtocolError, and leaves the slot alone, when the link cannot take the request.

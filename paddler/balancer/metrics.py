@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def prometheus_text(fleet: Fleet, buffer: RequestBuffer, prefix: str) -> str:
-    """Return the body of `/metrics` (management-api §9)."""
+    """Return the body of `/metrics`."""
     return "\n".join(
         f"# HELP {prefix}{name} {help_text}\n# TYPE {prefix}{name} gauge\n{prefix}{name} {value}\n"
         for name, help_text, value in _gauges(fleet, buffer)
@@ -26,7 +26,7 @@ def prometheus_text(fleet: Fleet, buffer: RequestBuffer, prefix: str) -> str:
 async def report_to_statsd(
     fleet: Fleet, buffer: RequestBuffer, *, address: Address, prefix: str, interval: float
 ) -> NoReturn:
-    """Send the gauges now and then every `interval`, until cancelled (cli-and-state §3)."""
+    """Send the gauges now and then every `interval`, until cancelled."""
     with closing(_StatsdClient(address, prefix)) as client:
         while True:
             for name, _, value in _gauges(fleet, buffer):

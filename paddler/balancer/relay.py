@@ -4,29 +4,17 @@ Pieces do not pass through here: the link's reader hands them to the reply by pl
 only sleeps until the request is over, and keeps the deadline between two items.
 """
 
-from typing import Protocol
-
 import trio
 
 from paddler.balancer.agent_link import AgentLinks
 from paddler.balancer.request_buffer import RequestBuffer, Slot
-from paddler.balancer.running_requests import RunningRequest
+from paddler.balancer.running_requests import Reply, RunningRequest
 from paddler.errors import BufferFull, BufferTimeout, LocalProtocolError, RequestRefused, ShuttingDown
 from paddler.messages.inference import TokenRequest
 from paddler.messages.tokens import StreamError
 
-SHUTTING_DOWN = StreamError(503, "balancer is shutting down")
+SHUTTING_DOWN = StreamError(503, str(ShuttingDown()))
 NOT_HANDED_OVER = StreamError(500, "Failed to generate response")
-
-
-class Reply(Protocol):
-    """Where the messages of one request go. Plain calls that never block and never raise."""
-
-    def piece(self, agent_name: str | None, letter: str, text: str) -> None:
-        """Take one piece: a letter of messages/agent_socket.py, C R T U E or D, and its JSON."""
-
-    def error(self, error: StreamError) -> None:
-        """Take the error that ends the request."""
 
 
 class Relay:

@@ -16,7 +16,7 @@ still forwarded to gets its terminal there. All moves are plain calls.
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import attrs
 import trio
@@ -29,11 +29,20 @@ from paddler.messages.tokens import StreamError
 from paddler.messages.wire import decode, encode
 
 if TYPE_CHECKING:
-    from paddler.balancer.relay import Reply
     from paddler.balancer.request_buffer import RequestBuffer, Slot
     from paddler.routing.fleet import Agent
 
 log = logging.getLogger(__name__)
+
+
+class Reply(Protocol):
+    """Where the messages of one request go. Plain calls that never block and never raise."""
+
+    def piece(self, agent_name: str | None, letter: str, text: str) -> None:
+        """Take one piece: a letter of messages/agent_socket.py, C R T U E or D, and its JSON."""
+
+    def error(self, error: StreamError) -> None:
+        """Take the error that ends the request."""
 
 
 @attrs.define(eq=False)
@@ -42,7 +51,7 @@ class RunningRequest:
 
     number: int
     slot: "Slot"
-    reply: "Reply"
+    reply: Reply
     requests: "RunningRequests"
     last_item: float
     """When the agent last gave an item; before that, of the hand-over; in a drain, at least its begin."""
@@ -79,7 +88,7 @@ class RunningRequests:
         self._given = 0
         self._drain_began = trio.Event()
 
-    def hand_over(self, slot: "Slot", request: TokenRequest, reply: "Reply") -> RunningRequest:
+    def hand_over(self, slot: "Slot", request: TokenRequest, reply: Reply) -> RunningRequest:
         """Queue a request for the agent and take its slot over.
 
         Raises LocalProtocolError, and leaves the slot where it is, when the outbox has no room.

@@ -1,4 +1,4 @@
-"""Where the desired state is kept: in memory or in a file (cli-and-state §2).
+"""Where the desired state is kept: in memory or in a file.
 
 A store keeps one document and says None while there is none; what the default is, and when it is
 written, is decided in reconciliation.py. There is one writer, its service task.

@@ -65,7 +65,7 @@ class Conversation:
                 data, reports = b"", []
             except RemoteProtocolError as error:
                 self.child.kill()
-                raise EngineDied(str(error), self._last_words) from None
+                raise EngineDied(f"{error} on its pipe", self._last_words) from None
             if not data:
                 raise await self._death()
             self._received.extend(reports)
@@ -131,8 +131,10 @@ class Conversation:
                 raise EngineHung(max(pulse.standing_still, self._silence), self._last_words)
 
     def out_of_turn(self, report: Report) -> None:
-        """Log a line of llama.cpp's; nothing else is said out of turn."""
-        assert isinstance(report, Log), report
+        """Log a line of llama.cpp's. Raises EngineDied for anything else: nothing is said out of turn."""
+        if not isinstance(report, Log):
+            self.child.kill()
+            raise EngineDied(f"{type(report).__name__} out of turn", self._last_words)
         logger.log(_LOG_LEVELS.get(report.level, logging.DEBUG), "%s", report.text)
 
     def _log_output(self, lines: list[bytes]) -> None:

@@ -2,10 +2,12 @@
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+from paddler.engine.cgroups import own_limits
+
 _TOPOLOGY = Path("/sys/devices/system/cpu")
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def engine_threads(*, shared_host: bool) -> int:
@@ -15,8 +17,21 @@ def engine_threads(*, shared_host: bool) -> int:
     step of it down. More threads than cores do worse than fewer.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = len({_siblings(cpu) for cpu in allowed})
-    return max(min(cores, _quota(cores)) - shared_host, 1)
+    quotas = own_limits("cpu.max", v1=None)
+    return threads_for([_siblings(cpu) for cpu in allowed], quotas, shared_host=shared_host)
+
+
+def threads_for(siblings: Iterable[str], quotas: Iterable[str], *, shared_host: bool) -> int:
+    """Choose the threads, at least one.
+
+    `siblings` has an entry per logical CPU, equal for those of one physical core; `quotas` are texts of
+    cpu.max, "QUOTA PERIOD" in microseconds or "max PERIOD"; the smallest counts, in whole cores.
+    """
+    cores = float(len(set(siblings)))
+    for quota, period in (text.split() for text in quotas):
+        if quota != "max":
+            cores = min(cores, int(quota) / int(period))
+    return max(math.ceil(cores) - shared_host, 1)
 
 
 def _siblings(cpu: int) -> str:
@@ -25,12 +40,3 @@ def _siblings(cpu: int) -> str:
         return (_TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list").read_text()
     except OSError:
         return str(cpu)
-
-
-def _quota(cores: int) -> int:
-    """Return the container's CPU limit in whole cores."""
-    try:
-        quota, period = _CPU_QUOTA.read_text().split()
-        return cores if quota == "max" else math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):
-        return cores

@@ -1,12 +1,10 @@
 """Frames between agent and engine process: bytes to messages and back, without I/O.
 
-A frame is a 4-byte little-endian length and that much UTF-8 JSON, `[name, content]`. JSON because a
-dying child may write anything, and nothing it writes may harm the agent. There is no farewell: closing
+A message is a frame of processes/frames.py with `[name, content]` in it. There is no farewell: closing
 the socket tells the engine to end, however it is closed.
 """
 
 import enum
-import json
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
@@ -15,10 +13,7 @@ import attrs
 from paddler.config import MAX_LINK_MESSAGE_BYTES, KvLayout
 from paddler.errors import RemoteProtocolError
 from paddler.messages.state import InferenceParameters, KvCacheDtype, PoolingType
-
-_LENGTH_BYTES = 4
-
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+from paddler.processes.frames import FrameCutter, pack_frame
 
 M = TypeVar("M")
 
@@ -173,44 +168,28 @@ def pack(message: Command | Report) -> bytes:
         ]
     else:
         content = attrs.asdict(message)
-    # "?" for a lone surrogate, which no tokenizer could take
-    body = _to_json([type(message).__name__, content]).encode(errors="replace")
-    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
+    return pack_frame([type(message).__name__, content])
 
 
 class FrameReader(Generic[M]):
-    """Cut a byte stream into frames and read them: COMMANDS in the engine, REPORTS in the agent."""
+    """Read the messages of a byte stream: COMMANDS in the engine, REPORTS in the agent."""
 
     def __init__(
         self, readers: "dict[str, Callable[[Any], M]]", *, max_frame_bytes: int = MAX_LINK_MESSAGE_BYTES
     ) -> None:
         self._readers = readers
-        self._max_frame_bytes = max_frame_bytes
-        self._buffer = bytearray()
+        self._frames = FrameCutter(max_frame_bytes=max_frame_bytes)
 
     def feed(self, data: bytes) -> list[M]:
         """Take the next bytes and return the messages they complete. Raises RemoteProtocolError."""
-        self._buffer += data
-        messages = []
-        start = 0
-        while len(self._buffer) - start >= _LENGTH_BYTES:
-            length = int.from_bytes(self._buffer[start : start + _LENGTH_BYTES], "little")
-            if length > self._max_frame_bytes:
-                raise RemoteProtocolError(f"a frame of {length} bytes on the engine's pipe")
-            end = start + _LENGTH_BYTES + length
-            if len(self._buffer) < end:
-                break
-            messages.append(self._read(self._buffer[start + _LENGTH_BYTES : end]))
-            start = end
-        del self._buffer[:start]
-        return messages
+        return [self._read(frame) for frame in self._frames.feed(data)]
 
-    def _read(self, body: bytearray) -> M:
+    def _read(self, frame: Any) -> M:
         try:
-            name, content = json.loads(body)
+            name, content = frame
             return self._readers[name](content)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise RemoteProtocolError(f"an unreadable frame on the engine's pipe: {error!r}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RemoteProtocolError(f"an unknown message: {error!r}") from None
 
 
 def _read_settings(content: dict[str, Any]) -> EngineSettings:

@@ -1,14 +1,18 @@
-"""Is a process at work, waiting for a processor, or standing still?
+"""Is a process at work, waiting for its turn, or standing still?
 
-CPU time counts in ticks of 10 ms, which a decoding engine always advances. A runnable process without
-CPU time is starved by others, not hung; one that sleeps without it, or was stopped, is.
+CPU time counts in ticks of 10 ms, which a decoding engine always advances. A process without CPU time
+that waits for a processor is starved by others, and one that waits for a disk reads weights that the
+host dropped from its memory: neither is hung. One that sleeps otherwise, or was stopped, is.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import attrs
 
-_RUNNABLE = "R"
+_AT_WORK = frozenset("RD")
+"""Runs or could run; reads from a disk."""
+
 _STOPPED = "Tt"
 _UTIME, _STIME = 11, 12  # counted from the state, field 3 of proc_pid_stat(5)
 
@@ -18,8 +22,8 @@ class Vitals:
     """One look at a process."""
 
     stopped: bool
-    runnable: bool
-    """Whether any of its threads is."""
+    at_work: bool
+    """Whether any of its threads is, or would be if a processor or a disk served it."""
     cpu_ticks: int
 
 
@@ -44,7 +48,7 @@ class Pulse:
             still = True
         else:
             advanced = self._last is None or vitals.cpu_ticks != self._last.cpu_ticks
-            still = must_work and not vitals.runnable and not advanced
+            still = must_work and not vitals.at_work and not advanced
         both_still = still and self._still
         self.standing_still = self.standing_still + min(elapsed, self._longest_gap) if both_still else 0.0
         self._last, self._still = vitals, still
@@ -65,9 +69,14 @@ def read_vitals(pid: int) -> Vitals | None:
         return None
     return Vitals(
         stopped=own[0] in _STOPPED,
-        runnable=_RUNNABLE in states,
+        at_work=any_at_work(states),
         cpu_ticks=int(own[_UTIME]) + int(own[_STIME]),
     )
+
+
+def any_at_work(states: Iterable[str]) -> bool:
+    """Judge the states of a process's threads, as proc_pid_stat(5) writes them."""
+    return not _AT_WORK.isdisjoint(states)
 
 
 def _fields(stat: Path) -> list[str]:

@@ -18,7 +18,7 @@ def is_embeddings_mode(state: "ApplicableState | None") -> bool:
 
 
 def invalid_parameters(message: TokenRequest) -> str | None:
-    """Return why this well-formed request cannot be served, or None (inference-api §2.4)."""
+    """Return why this well-formed request cannot be served, or None."""
     name = undeclared_required_field(message)
     if name is not None:
         return f"Invalid request parameters: Required field '{name}' not found in properties"

@@ -32,7 +32,7 @@ KEEP_ALIVE_TIMEOUT: Final = 5.0
 """An idle connection ends after this; also the deadline for a request's head."""
 
 PING_INTERVAL: Final = 3.0
-"""WebSockets are pinged at once, then this often (inference-api §8.6)."""
+"""WebSockets are pinged at once, then this often; clients may count on it."""
 
 FAREWELL_TIMEOUT: Final = 1.0
 """How long bookkeeping after a response may take although its request was cancelled."""
@@ -192,7 +192,7 @@ class Connection(TCPServer):
         A cancelled call may leave half a message behind and therefore closes the connection.
         """
         stream = self.protocol.stream
-        if not isinstance(stream, WebSocket) or stream.connection.state is not WebSocketState.OPEN:
+        if not isinstance(stream, WebSocket) or not stream.is_open:
             # hypercorn returns from a send on a dead WebSocket without a checkpoint, so that a loop
             # around it would freeze the process.
             raise trio.ClosedResourceError("this WebSocket is closed")
@@ -279,6 +279,11 @@ class WebSocket(WSStream):
         super().__init__(*arguments)
         self.buffer = MessageBuffer(self.config.websocket_max_message_size)
         self._pinging = trio.CancelScope()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether messages can be sent; of a peer that left before it was accepted, never."""
+        return not self.closed and self.connection.state is WebSocketState.OPEN
 
     async def handle(self, event: StreamEvent) -> None:
         if isinstance(event, (Body, Data)) and not self.closed and not self.handshake.accepted:

@@ -1,4 +1,4 @@
-"""Which web pages may call a surface (inference-api §1.2). Pure: headers in, headers out.
+"""Which web pages may call a surface. Pure: headers in, headers out.
 
 Nothing is allowed that is not on the list, and origins are compared as a whole.
 """

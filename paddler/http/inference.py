@@ -1,7 +1,7 @@
 """The inference surface: token streams, embedding batches, and the door of the inference socket.
 
 A handler only decodes and refuses; waiting for a slot and everything after it happens in the body,
-so that status and headers are out at once (inference-api §3).
+so that status and headers are out at once.
 """
 
 from typing import TYPE_CHECKING, Any, Final
@@ -83,7 +83,7 @@ def make_inference_app(
 
 
 def _with_input_batch(body: Any) -> Any:
-    """Accept the name that the stock JavaScript client gives to `input_batch` (inference-api §2.5)."""
+    """Accept the name that the stock JavaScript client gives to `input_batch`."""
     if isinstance(body, dict) and "input_documents" in body and "input_batch" not in body:
         return {("input_batch" if name == "input_documents" else name): body[name] for name in body}
     return body

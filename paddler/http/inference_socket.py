@@ -1,4 +1,4 @@
-"""Many requests over one WebSocket (inference-api §8).
+"""Many requests over one WebSocket.
 
 Whatever has something to say to the client puts it into the outbox, a plain call; one task writes.
 A client that stops reading fills its own outbox and loses its own socket, nothing else.
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Final
 import trio
 from quart.wrappers import Websocket
 
-from paddler.errors import RemoteProtocolError, ShuttingDown
+from paddler.balancer.relay import SHUTTING_DOWN
+from paddler.errors import RemoteProtocolError
 from paddler.http.admission import invalid_parameters, is_embeddings_mode
 from paddler.http.connection import Connection
 from paddler.http.replies import Envelope, serve_request
 from paddler.messages import wire
-from paddler.messages.agent_socket import TERMINAL_LETTERS, escape_text
+from paddler.messages.agent_socket import TERMINAL_LETTERS
 from paddler.messages.inference_socket import (
     ClientFrame,
     Error,
@@ -24,7 +25,12 @@ from paddler.messages.inference_socket import (
     Request,
     ServerNotification,
 )
-from paddler.messages.tokens import TOKEN_GENERATION_DISABLED_TEXT, StreamError
+from paddler.messages.tokens import (
+    TOKEN_GENERATION_DISABLED_TEXT,
+    StreamError,
+    Terminal,
+    TokenGenerationDisabled,
+)
 
 if TYPE_CHECKING:
     from paddler.balancer.changes import Subscription
@@ -60,7 +66,7 @@ async def serve_inference_socket(
         socket.start_soon(_notify_forever, changes, client)
         socket.start_soon(_read_forever, websocket, client)
         await stopping.wait()
-        client.end_requests(StreamError(503, str(ShuttingDown())))
+        client.end_requests(SHUTTING_DOWN)
         with trio.move_on_after(FAREWELL_TIMEOUT):
             await outbox.wait_until_sent()
             await websocket.close(GOING_AWAY, "Server shutting down")
@@ -97,16 +103,18 @@ class Outbox:
         self._on_overflow = on_overflow
         self._messages: list[str] = []
         self._unsent = 0
+        self._overflowed = False
         self._filled = trio.Event()
         self._emptied = trio.Event()
 
     def put(self, message: str) -> None:
         """Queue a message. A plain call; over the limit, the socket is ended instead."""
-        if self._unsent > self.limit_bytes:
+        if self._overflowed:
             return
         self._messages.append(message)
         self._unsent += len(message)
         if self._unsent > self.limit_bytes:
+            self._overflowed = True
             log.info("an inference socket ends: its client reads too slowly")
             self._messages.clear()
             self._on_overflow()
@@ -185,7 +193,7 @@ class SocketClient:
         elif self._refuse_all is not None:
             self._outbox.put(envelope.error(self._refuse_all))
         elif is_embeddings_mode(self._reconciliation.applicable_state):
-            disabled = f'{{"TokenGenerationDisabled":{escape_text(TOKEN_GENERATION_DISABLED_TEXT)}}}'
+            disabled = wire.encode(TokenGenerationDisabled(TOKEN_GENERATION_DISABLED_TEXT), Terminal)
             self._outbox.put(envelope.message(None, "D", disabled))
         elif (objection := invalid_parameters(frame.request)) is not None:
             self._outbox.put(envelope.error(StreamError(400, objection)))

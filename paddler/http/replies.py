@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from paddler.balancer.changes import Subscription
-    from paddler.balancer.relay import Relay, Reply
+    from paddler.balancer.relay import Relay
+    from paddler.balancer.running_requests import Reply
     from paddler.messages.inference import TokenRequest
 
 log = logging.getLogger(__name__)
@@ -286,7 +287,7 @@ class EventStream(ResponseBody):
 def event_stream_response(
     snapshot: Callable[[], str], *, changes: "Subscription", stopping: trio.Event
 ) -> Response:
-    """Return the response of an SSE route (management-api §10)."""
+    """Return the response of an SSE route."""
     return Response(
         EventStream(snapshot, changes=changes, stopping=stopping),
         content_type="text/event-stream",

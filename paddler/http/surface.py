@@ -80,7 +80,7 @@ def json_response(text: str) -> Response:
 
 
 async def read_json() -> Any:
-    """Return the JSON value of the current request's body. Raises Refusal (inference-api §2)."""
+    """Return the JSON value of the current request's body. Raises Refusal."""
     mimetype = request.mimetype
     if not (
         mimetype == "application/json" or (mimetype.startswith("application/") and mimetype.endswith("+json"))

@@ -1,6 +1,6 @@
 """What clients ask for: raw prompts, conversations, embedding batches, with tools and grammars.
 
-Shapes of inference-api §2. Every object is strict: an unknown key refuses the request.
+Every object is strict: an unknown key refuses the request.
 """
 
 from typing import Any, Literal
@@ -127,7 +127,7 @@ class GenerateEmbeddingBatch:
 
 
 def undeclared_required_field(request: TokenRequest) -> str | None:
-    """Return the first name that a tool requires but does not declare, or None (inference-api §2.4)."""
+    """Return the first name that a tool requires but does not declare, or None."""
     if isinstance(request, ContinueFromRawPrompt):
         return None
     for tool in request.tools:

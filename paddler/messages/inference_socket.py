@@ -1,4 +1,4 @@
-"""Frames between a client and the inference WebSocket (inference-api §8)."""
+"""Frames between a client and the inference WebSocket."""
 
 import enum
 

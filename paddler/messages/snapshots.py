@@ -1,4 +1,4 @@
-"""The fleet and the buffer as the management API shows them (management-api §2, §7)."""
+"""The fleet and the buffer as the management API shows them."""
 
 import attrs
 

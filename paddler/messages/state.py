@@ -1,7 +1,4 @@
-"""Desired state, applicable state, model references, inference parameters, agent issues.
-
-Shapes of management-api §3, §4 and §6.
-"""
+"""Desired state, applicable state, model references, inference parameters, agent issues."""
 
 import enum
 from typing import Literal
@@ -125,7 +122,7 @@ class DesiredState:
     chat_template_override: ChatTemplate | None = None
 
     def applicable(self) -> "ApplicableState":
-        """Return what agents are told: the override only when its flag is on (behaviour §6)."""
+        """Return what agents are told: the override only when its flag is on."""
         return ApplicableState(
             chat_template_override=self.chat_template_override if self.use_chat_template_override else None,
             inference_parameters=self.inference_parameters,
@@ -153,7 +150,7 @@ class ApplicableState:
 
 
 def invalid_parameter(state: DesiredState) -> str | None:
-    """Return why this state cannot be stored, or None (management-api §5)."""
+    """Return why this state cannot be stored, or None."""
     if state.inference_parameters.image_resize_to_fit == 0:
         return "image_resize_to_fit must be greater than zero"
     if state.inference_parameters.embedding_batch_size == 0:
@@ -218,5 +215,5 @@ AgentIssue = (
 
 
 def sorted_issues(issues: "set[AgentIssue] | frozenset[AgentIssue]") -> tuple[AgentIssue, ...]:
-    """Sort by variant name, then by params, field by field (management-api §3)."""
+    """Sort by variant name, then by params, field by field."""
     return tuple(sorted(issues, key=lambda issue: (type(issue).__name__, attrs.astuple(issue))))

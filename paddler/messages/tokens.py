@@ -1,8 +1,8 @@
 """What an agent answers to a token request: token messages, events, terminals.
 
-Shapes of inference-api §4.2 and §4.3, externally tagged. A variant whose only field is called
-`payload` is written as that payload itself. Token messages are on the hot path and never built
-as objects there: they travel as (Section, escaped JSON string), see agent_socket.py.
+Externally tagged. A variant whose only field is called `payload` is written as that payload itself.
+Token messages are on the hot path and never built as objects there: they travel as (Section, escaped
+JSON string), see agent_socket.py.
 """
 
 import enum
@@ -32,7 +32,7 @@ TOKEN_VARIANTS = {
 
 @attrs.frozen
 class Usage:
-    """Token counts of one request (inference-api §4.3)."""
+    """Token counts of one request."""
 
     prompt_tokens: Unsigned = 0
     cached_prompt_tokens: Unsigned = 0
@@ -131,7 +131,7 @@ Terminal = (
 
 @attrs.frozen
 class StreamError:
-    """The `error` of an `Error` envelope (inference-api §4.1)."""
+    """The `error` of an `Error` envelope."""
 
     code: Int32
     description: str
@@ -141,12 +141,12 @@ TOKEN_GENERATION_DISABLED_TEXT = "Token generation is disabled while the cluster
 
 
 def response_envelope(*, generated_by: str | None, request_id: str, response: Any) -> dict[str, Any]:
-    """Return the `Response` envelope of inference-api §4 around an already unstructured response."""
+    """Return the `Response` envelope around an already unstructured response."""
     return {"Response": {"generated_by": generated_by, "request_id": request_id, "response": response}}
 
 
 def error_envelope(*, request_id: str, error: StreamError) -> dict[str, Any]:
-    """Return the `Error` envelope of inference-api §4.1."""
+    """Return the `Error` envelope."""
     return {
         "Error": {"error": {"code": error.code, "description": error.description}, "request_id": request_id}
     }

@@ -1,6 +1,8 @@
 """From a model reference of the desired state to a file on this machine."""
 
 import struct
+from collections.abc import Callable
+from pathlib import Path
 from typing import assert_never
 
 import attrs
@@ -38,7 +40,7 @@ async def resolve_model(source: ModelSource) -> str | None:
         case "None":
             return None
         case LocalModel(path):
-            if not await _exists(path):
+            if not await _look(_exists, path):
                 raise ModelUnavailable((ModelFileDoesNotExist(path),))
             return path
         case HuggingFaceModel() | UrlModel():
@@ -53,7 +55,7 @@ async def resolve_projection(source: ModelSource) -> str | None:
         case "None":
             return None
         case LocalModel(path):
-            if not await _exists(path):
+            if not await _look(_exists, path):
                 raise ModelUnavailable((MultimodalProjectionCannotBeLoaded(path),))
             return path
         case HuggingFaceModel() | UrlModel():
@@ -64,12 +66,7 @@ async def resolve_projection(source: ModelSource) -> str | None:
 
 async def check_projection(path: str) -> None:
     """Look at the header of a projection's file. Raises ModelUnavailable when it is no GGUF file."""
-    try:
-        async with await trio.open_file(path, "rb") as file:
-            magic, version, tensors, _ = _GGUF_HEADER.unpack(await file.read(_GGUF_HEADER.size))
-    except (OSError, struct.error):
-        magic, version, tensors = b"", 0, 0
-    if magic != b"GGUF" or version not in _GGUF_VERSIONS or not tensors:
+    if not await _look(_is_gguf_file, path):
         raise ModelUnavailable((MultimodalProjectionCannotBeLoaded(path),))
 
 
@@ -80,8 +77,29 @@ def reference_text(source: HuggingFaceModel | UrlModel) -> str:
     return f"{source.repo_id}/{source.revision}/{source.filename}"
 
 
-async def _exists(path: str) -> bool:
+async def _look(look: Callable[[str], bool], path: str) -> bool:
+    """Look at a file in a thread.
+
+    Cancelled, the thread is left behind: a server of files that is gone answers no look, and must keep
+    neither a newer state nor the end of the agent waiting.
+    """
+    return await trio.to_thread.run_sync(look, path, abandon_on_cancel=True)
+
+
+def _exists(path: str) -> bool:
     try:
-        return path != "" and await trio.Path(path).exists()
+        return path != "" and Path(path).exists()
     except OSError:  # a directory on the way that may not be entered
         return False
+
+
+def _is_gguf_file(path: str) -> bool:
+    file = Path(path)
+    try:
+        if not file.is_file():  # opening a pipe would block for ever
+            return False
+        with file.open("rb") as opened:
+            magic, version, tensors, _ = _GGUF_HEADER.unpack(opened.read(_GGUF_HEADER.size))
+    except (OSError, struct.error):
+        return False
+    return magic == b"GGUF" and version in _GGUF_VERSIONS and tensors > 0

@@ -1,6 +1,7 @@
 """Real preparation processes: templates that loop, grow or kill cost their request and nobody else."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -111,6 +112,29 @@ async def test_a_killed_process_fails_its_request_and_is_replaced() -> None:
         await trio.sleep(0.1)
         await assert_still_works(service)  # an idle one that died is noticed
     assert children() == before
+
+
+async def test_a_process_that_cannot_be_started_fails_its_request_and_nothing_else() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with open_preparation(timeout=10) as service:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            failed = await service.render(TEMPLATE, VARIABLES)
+            problem = await service.compile_error(TEMPLATE)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        reason = "the process that renders chat templates cannot be started: Too many open files"
+        assert (failed, problem) == (ChatTemplateError(reason), reason)
+        await assert_still_works(service)
+
+
+async def test_modules_in_the_directory_of_the_agent_are_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jinja2.py").write_text("raise SystemExit('imported from the current directory')")
+    monkeypatch.chdir(tmp_path)
+    async with open_preparation(timeout=10) as service:
+        await assert_still_works(service)
 
 
 async def test_a_cancelled_job_leaves_no_answer_for_the_next() -> None:

@@ -61,6 +61,7 @@ class Agent:
         self.missing = {"/models/missing.gguf"}
         self.resolving: list[str] = []
         self.resolve_delay = 0.0
+        self.unhurried_searches = 0.0
         self.renderer = LocalRenderer()
         self.board = StatusBoard(slots=2)
         self.slots = Slots(renderer=self.renderer)
@@ -87,6 +88,8 @@ class Agent:
             return None
         assert isinstance(source, LocalModel)
         self.resolving.append(source.path)
+        with trio.CancelScope(shield=True):
+            await trio.sleep(self.unhurried_searches)
         await trio.sleep(self.resolve_delay)
         if source.path in self.missing:
             raise ModelUnavailable((ModelFileDoesNotExist(source.path),))
@@ -258,6 +261,32 @@ async def test_a_state_resolved_during_the_drain_replaces_the_one_before(autojum
 
 
 @pytest.mark.scenario("IS-8")
+async def test_the_state_that_serves_asked_for_again_during_its_drain_serves_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_agent() as agent:
+        await agent.serves(A)
+        await agent.start(1)
+        agent.receive(B)
+        await agent.until(lambda status: status.slots_total == 0)
+        await agent.serves(A)
+        assert agent.loaded == ["/models/a.gguf", "/models/a.gguf"]
+
+
+async def test_a_state_asked_for_again_while_its_search_is_given_up_is_searched_again(
+    autojump_clock: MockClock,
+) -> None:
+    """A look at a file runs in a thread, which cannot be cancelled: giving up takes a while."""
+    async with open_agent() as agent:
+        agent.unhurried_searches = 1.0
+        agent.receive(A)
+        await wait_all_tasks_blocked()
+        agent.receive(B)
+        await wait_all_tasks_blocked()
+        await agent.serves(A)
+        assert agent.loaded == ["/models/a.gguf"]
+
+
 async def test_a_model_that_cannot_be_loaded_is_tried_every_second(autojump_clock: MockClock) -> None:
     broken = ModelUnavailable((ModelCannotBeLoaded("/models/a.gguf"),))
     async with open_agent() as agent:

@@ -408,3 +408,13 @@ async def test_shutdown_ends_all_links_and_admits_no_more() -> None:
         assert len(services.fleet) == 0
         async with connected_agent(services.links, "3", register=False) as late:
             await late.unlinked.wait()
+
+
+async def test_an_agent_that_registers_in_the_tick_of_the_shutdown_is_not_admitted() -> None:
+    services = make_services()
+    async with connected_agent(services.links, register=False) as agent:
+        await wait_all_tasks_blocked()
+        agent.register()
+        services.links.shut_down()
+        await agent.unlinked.wait()
+        assert len(services.fleet) == 0

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 CHILDREN = Path("/proc/self/task")
 HANG_WAIT = 2.0 + 3.0
-"""The time of behaviour §16 until a standstill is noticed, and room for a busy machine."""
+"""The time until a standstill is noticed, and room for a busy machine."""
 
 
 def engine_pids() -> list[int]:

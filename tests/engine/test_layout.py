@@ -7,7 +7,6 @@ import pytest
 
 from paddler.config import KvLayout
 from paddler.engine.layout import ContextPlan, ModelShape, Refused, check_weights, plan_context
-from paddler.engine.memory import limit_files, smallest_limit
 from paddler.engine.pipe import EngineSettings
 from paddler.messages.state import DEFAULT_PARAMETERS, KvCacheDtype
 
@@ -135,19 +134,3 @@ def test_a_batch_holds_every_slot_and_a_document(n_batch: int, embeddings: bool,
     planned = plan(n_batch=n_batch, enable_embeddings=embeddings, context_size=256)
     assert planned.n_batch == expected
     assert not embeddings or (planned.layout is KvLayout.SHARED and planned.n_ctx >= expected)
-
-
-def test_limits_of_all_groups_above_count() -> None:
-    v2 = limit_files("0::/system.slice/paddler.service\n")
-    assert [str(path) for path in v2] == [
-        "system.slice/paddler.service/memory.max",
-        "system.slice/memory.max",
-        "memory.max",
-    ]
-    v1 = limit_files("3:cpu,cpuacct:/x\n5:memory:/docker/abc\n")
-    assert [str(path) for path in v1] == [
-        "memory/docker/abc/memory.limit_in_bytes",
-        "memory/docker/memory.limit_in_bytes",
-        "memory/memory.limit_in_bytes",
-    ]
-    assert smallest_limit(100, ["max\n", "", "70\n", "9223372036854771712\n", "80"]) == 70

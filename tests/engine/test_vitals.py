@@ -2,11 +2,13 @@
 
 import os
 
-from paddler.engine.vitals import Pulse, Vitals, read_vitals
+import pytest
 
-STOPPED = Vitals(stopped=True, runnable=False, cpu_ticks=5)
-ASLEEP = Vitals(stopped=False, runnable=False, cpu_ticks=5)
-STARVED = Vitals(stopped=False, runnable=True, cpu_ticks=5)
+from paddler.engine.vitals import Pulse, Vitals, any_at_work, read_vitals
+
+STOPPED = Vitals(stopped=True, at_work=False, cpu_ticks=5)
+ASLEEP = Vitals(stopped=False, at_work=False, cpu_ticks=5)
+STARVED = Vitals(stopped=False, at_work=True, cpu_ticks=5)
 
 
 def still_after(*looks: Vitals | None, must_work: bool = True, elapsed: float = 0.5) -> float:
@@ -28,7 +30,7 @@ def test_asleep_without_cpu_time_counts_only_while_it_must_work() -> None:
 
 
 def test_starved_busy_and_gone_processes_do_not_stand_still() -> None:
-    busy = [Vitals(stopped=False, runnable=False, cpu_ticks=ticks) for ticks in range(9)]
+    busy = [Vitals(stopped=False, at_work=False, cpu_ticks=ticks) for ticks in range(9)]
     assert still_after(*busy) == 0
     assert still_after(*[STARVED] * 9) == 0
     assert still_after(ASLEEP, ASLEEP, ASLEEP, None) == 0
@@ -48,8 +50,15 @@ def test_rest_forgets() -> None:
     assert pulse.standing_still == 0
 
 
+@pytest.mark.parametrize(
+    ("states", "at_work"), [("SS", False), ("SR", True), ("DS", True), ("ST", False), ("Z", False)]
+)
+def test_who_waits_for_a_processor_or_a_disk_is_at_work(states: str, at_work: bool) -> None:
+    assert any_at_work(states) == at_work
+
+
 def test_this_process_runs_and_no_other_has_the_pid_0() -> None:
     vitals = read_vitals(os.getpid())
     assert vitals is not None
-    assert (vitals.stopped, vitals.runnable) == (False, True)
+    assert (vitals.stopped, vitals.at_work) == (False, True)
     assert read_vitals(0) is None

@@ -13,7 +13,7 @@ from wsproto.connection import ConnectionType
 from wsproto.events import CloseConnection, Event, Ping, Pong, TextMessage
 
 from paddler.balancer.changes import Changes
-from paddler.balancer.relay import Reply
+from paddler.balancer.running_requests import Reply
 from paddler.config import MAX_CLIENT_MESSAGE_BYTES, Address
 from paddler.http.inference import make_inference_app
 from paddler.http.surface import Surface, open_surface

@@ -12,7 +12,7 @@ from hypercorn.protocol.ws_stream import WebsocketBuffer, WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from wsproto.events import BytesMessage, CloseConnection, TextMessage
 
-from paddler.balancer.relay import Reply
+from paddler.balancer.running_requests import Reply
 from paddler.http.connection import Connection, Http1, MessageBuffer, Server, WebSocket
 from paddler.messages.inference import TokenRequest
 from tests.http.support import (

@@ -5,7 +5,7 @@ import re
 import pytest
 import trio
 
-from paddler.balancer.relay import Reply
+from paddler.balancer.running_requests import Reply
 from paddler.messages.inference import ContinueFromRawPrompt, TokenRequest
 from paddler.messages.state import ApplicableState
 from paddler.messages.tokens import StreamError

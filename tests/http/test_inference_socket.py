@@ -6,7 +6,8 @@ import trio.testing
 from wsproto.events import BytesMessage, CloseConnection
 from wsproto.events import Ping as PingFrame
 
-from paddler.balancer.relay import Reply
+from paddler.balancer.running_requests import Reply
+from paddler.http.inference_socket import Outbox
 from paddler.messages.inference import TokenRequest
 from paddler.messages.tokens import StreamError
 from tests.http.support import DONE, applicable, http_request, inference_room, open_socket, stream_error
@@ -242,6 +243,19 @@ async def test_shutdown_tells_every_request_and_then_closes(relay_first: bool) -
         assert await websocket.receive() is None
         assert websocket.closed == CloseConnection(1001, "Server shutting down")
         assert await client.ends()
+
+
+async def test_an_outbox_whose_limit_falls_below_what_is_unsent_ends_the_socket() -> None:
+    overflows: list[int] = []
+    outbox = Outbox(on_overflow=lambda: overflows.append(1))
+    outbox.limit_bytes = 100
+    outbox.put("a" * 90)
+    outbox.limit_bytes = 50  # a request ended
+    assert not overflows
+    outbox.put("b")
+    assert overflows == [1], "a message that is not queued ends the socket"
+    outbox.put("c")
+    assert overflows == [1]
 
 
 async def test_a_close_frame_is_answered_and_cancels_the_requests() -> None:

@@ -25,7 +25,16 @@ from paddler.messages.state import (
 )
 from paddler.messages.wire import unstructure
 from paddler.routing.fleet import Fleet
-from tests.http.support import FakeReconciliation, RawClient, applicable, connect, open_socket, serving
+from tests.http.support import (
+    UPGRADE,
+    FakeReconciliation,
+    RawClient,
+    applicable,
+    connect,
+    http_request,
+    open_socket,
+    serving,
+)
 
 STATUS = AgentStatus(
     version=1,
@@ -329,6 +338,24 @@ async def test_an_agent_that_leaves_amid_a_send_loop_ends_it() -> None:
         await client.stream.aclose()
         with trio.fail_after(5):
             await room.links.ended.wait()
+
+
+@pytest.mark.parametrize("half", [True, False])
+async def test_an_agent_that_leaves_before_its_upgrade_is_accepted_is_no_error(half: bool) -> None:
+    class Greeting(FakeLinks):
+        async def serve_agent(self, agent_id: str, *, receive: Receive, send: Send) -> None:
+            try:
+                await send("hello")
+            except EOFError:
+                pass
+
+    async with management_room(Greeting()) as room:
+        for _ in range(10):  # which of the two comes first is the scheduler's choice
+            async with await room.connect() as client:
+                await client.send(http_request("GET", "/api/v1/agent_socket/a", None, *UPGRADE))
+                await client.stream.send_eof() if half else await client.stream.aclose()
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        assert (await room.get("/health")).status == 200
 
 
 async def test_an_agent_is_served_until_the_surface_ends_not_only_until_it_stops() -> None:

@@ -7,7 +7,7 @@ import trio.testing
 from quart import Response
 
 from paddler.balancer.changes import Changes
-from paddler.balancer.relay import Reply
+from paddler.balancer.running_requests import Reply
 from paddler.config import MAX_CLIENT_MESSAGE_BYTES
 from paddler.http.replies import Envelope, EventStream, new_request_id
 from paddler.http.surface import make_app, open_surface

@@ -15,7 +15,8 @@ from paddler.messages.inference import (
 )
 from paddler.messages.inference_socket import ClientFrame
 from paddler.messages.state import DesiredState
-from paddler.messages.wire import MAX_NESTING, decode, encode
+from paddler.messages.strict_json import MAX_NESTING
+from paddler.messages.wire import MAX_BRANCHES, decode, encode
 from tests.messages.test_documented_shapes import (
     CONVERSATION_JSON,
     DEFAULT_PARAMETERS_JSON,
@@ -177,6 +178,25 @@ def test_wrong_input_is_refused_with_the_place_named(wrong: tuple[Any, Any], sen
         decode(json.dumps(value), form)
 
 
+def test_one_wrong_item_ends_the_work_on_a_list() -> None:
+    body = conversation(conversation_history=[{"role": 1, "content": 2}] * 100)[1]
+    with pytest.raises(RemoteProtocolError) as refused:
+        decode(json.dumps(body), ContinueFromConversationHistory)
+    found = refused.value.__context__
+    assert isinstance(found, BaseExceptionGroup)
+    [history] = found.exceptions
+    assert isinstance(history, BaseExceptionGroup)
+    assert len(history.exceptions) == 1
+
+
+def test_a_refusal_is_short_however_much_is_wrong() -> None:
+    many = {f"{number:05}": 0 for number in range(10_000)}
+    with pytest.raises(RemoteProtocolError, match=r"^unknown field `00000`, `00001`, `00002` and 9997 more$"):
+        decode(json.dumps({"max_tokens": 1, "raw_prompt": "", **many}), ContinueFromRawPrompt)
+    with pytest.raises(RemoteProtocolError, match=r"^unknown field `x{100}`$"):
+        decode(json.dumps({"max_tokens": 1, "raw_prompt": "", "x" * 10_000: 0}), ContinueFromRawPrompt)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -231,3 +251,28 @@ def test_a_deeply_nested_schema_is_refused_where_writing_it_again_would_run_out_
 def test_escaped_surrogate_pairs_and_backslashes_are_ordinary_text() -> None:
     text = r'{"max_tokens": 1, "raw_prompt": "\ud83e\udd99 \\ud83e"}'
     assert decode(text, ContinueFromRawPrompt).raw_prompt == "🦙 \\ud83e"
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "[1e999]"])
+def test_a_number_beyond_all_floats_is_refused_where_it_could_not_be_written_again(number: str) -> None:
+    schema = {"type": "object", "properties": {"n": "NUMBER"}}
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": schema}}]
+    body = json.dumps(CONVERSATION_JSON | {"tools": tools}).replace('"NUMBER"', number)
+    with pytest.raises(RemoteProtocolError, match="is out of range"):
+        decode(body, ContinueFromConversationHistory)
+
+
+@pytest.mark.parametrize("filling", ["[[]],", "{},", "1,", '"a":1,'])
+def test_a_long_text_of_tiny_values_is_refused_before_it_is_parsed(filling: str) -> None:
+    opening, closing = ("{", '"z":1}') if ":" in filling else ("[", "1]")
+    text = opening + filling * (3 * 1024 * 1024 // len(filling)) + closing
+    assert text.count(",") > MAX_BRANCHES
+    with pytest.raises(RemoteProtocolError, match="too many values"):
+        decode(text, ContinueFromRawPrompt)
+
+
+def test_a_long_text_of_one_image_is_taken() -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * (4 * 1024 * 1024)}}
+    message = {"role": "user", "content": [part]}
+    text = json.dumps(CONVERSATION_JSON | {"conversation_history": [message]})
+    assert len(decode(text, ContinueFromConversationHistory).conversation_history) == 1

@@ -1,5 +1,6 @@
 """References become files, or issues that name what the operator wrote."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,8 @@ async def test_a_broken_projection_is_named(tmp_path: Path, content: bytes) -> N
     assert refusal.value.issues == (MultimodalProjectionCannotBeLoaded(str(path)),)
 
 
-async def test_a_directory_is_no_projection(tmp_path: Path) -> None:
-    with pytest.raises(ModelUnavailable):
-        await check_projection(str(tmp_path))
+async def test_a_directory_is_no_projection_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ModelUnavailable):
+            await check_projection(str(path))
