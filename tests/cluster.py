@@ -13,6 +13,7 @@ from paddler import agent_daemon, balancer_daemon
 from paddler.config import Address, AgentConfig, BalancerConfig, bundled_model_path
 from paddler.messages.state import (
     DEFAULT_DESIRED_STATE,
+    DEFAULT_PARAMETERS,
     DETERMINISTIC_PARAMETERS,
     DesiredState,
     InferenceParameters,
@@ -42,6 +43,11 @@ def loopback(port: int = 0) -> Address:
 def deterministic(**changes: Any) -> InferenceParameters:
     """Return the deterministic preset, changed."""
     return attrs.evolve(DETERMINISTIC_PARAMETERS, **{"context_size": 4096, **changes})
+
+
+def as_delivered(**changes: Any) -> DesiredState:
+    """Return a desired state with the bundled model and the parameters of a fresh balancer."""
+    return state(parameters=attrs.evolve(DEFAULT_PARAMETERS, **{"context_size": 4096, **changes}))
 
 
 def state(
@@ -229,6 +235,18 @@ class Cluster:
         async with self.post(body) as response:
             assert response.status_code == 200, await response.text()
             return await response.messages()
+
+
+def count_tasks() -> int:
+    """Count the tasks of this Trio run."""
+    root = trio.lowlevel.current_root_task()
+    assert root is not None
+    tasks, count = [root], 0
+    while tasks:
+        task = tasks.pop()
+        count += 1
+        tasks.extend(child for nursery in task.child_nurseries for child in nursery.child_tasks)
+    return count
 
 
 def request_path(body: Message) -> str:

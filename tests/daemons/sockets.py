@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import attrs
 import trio
-from trio_websocket import WebSocketConnection, open_websocket_url
+from trio_websocket import WebSocketConnection, wrap_client_stream
 
 from tests.cluster import LOAD_WAIT, Cluster, Message, request_path
 
@@ -95,6 +95,17 @@ class SocketClient:
             if is_terminal(message):
                 return messages
 
+    async def received_so_far(self) -> list[Message]:
+        """Return what has arrived and not been read, until the server is silent."""
+        messages = []
+        with trio.move_on_after(LOAD_WAIT):
+            while True:
+                with trio.move_on_after(0.3) as silence:
+                    messages.append(json.loads(await self.connection.get_message()))
+                if silence.cancelled_caught:
+                    break
+        return messages
+
     async def silent_for(self, seconds: float) -> bool:
         """Tell whether nothing arrives for so long."""
         with trio.move_on_after(seconds) as silence:
@@ -119,6 +130,12 @@ def is_terminal(message: Message) -> bool:
 
 @asynccontextmanager
 async def inference_socket(cluster: Cluster) -> AsyncIterator[SocketClient]:
-    url = f"ws://127.0.0.1:{cluster.inference_port}/api/v1/inference_socket"
-    async with open_websocket_url(url, disconnect_timeout=1) as connection:
+    port = cluster.inference_port
+    # The library's own open_websocket() forgets its socket when the server resets it during the goodbye.
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream, trio.open_nursery() as library:
+        resource = "/api/v1/inference_socket"
+        connection = await wrap_client_stream(library, stream, f"127.0.0.1:{port}", resource)
         yield SocketClient(connection)
+        with trio.move_on_after(1):
+            await connection.aclose()
+        library.cancel_scope.cancel()

@@ -1,12 +1,20 @@
 """Where requests go, and how they wait: the whole cluster with the bundled model."""
 
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+
 import pytest
 import trio
 
 from tests.cluster import (
     ENDLESS,
     NO_EXPIRY,
+    SHORT_WAIT,
+    Cluster,
     Message,
+    as_delivered,
     cluster,
     conversation,
     error_code,
@@ -19,10 +27,24 @@ from tests.cluster import (
 pytestmark = pytest.mark.slow
 
 
+@asynccontextmanager
+async def process(*arguments: str) -> AsyncIterator[None]:
+    """Run a `paddler` command as a process of its own for the duration of the block."""
+    async with trio.open_nursery() as processes:
+        command = [sys.executable, "-m", "paddler", *arguments]
+        child: trio.Process = await processes.start(partial(trio.run_process, command, check=False))
+        yield
+        child.terminate()
+        with trio.fail_after(SHORT_WAIT):
+            await child.wait()
+
+
 @pytest.mark.scenario("BU-1")
 async def test_a_request_waits_for_the_first_agent_and_is_served() -> None:
     async with (
-        cluster(agents=0, desired=state(), buffered_request_timeout=120, max_buffered_requests=1) as running,
+        cluster(
+            agents=0, desired=as_delivered(), buffered_request_timeout=120, max_buffered_requests=1
+        ) as running,
         running.post(raw_prompt()) as response,
     ):
         await running.wait_for_buffered(1)
@@ -83,7 +105,16 @@ async def test_a_busy_agent_and_no_buffer_refuse_the_second_request() -> None:
 
 @pytest.mark.scenario("BU-7")
 async def test_more_requests_than_slots_are_all_served() -> None:
-    async with cluster(agents=2, slots=2, desired=state(), buffered_request_timeout=120) as running:
+    def agent_process(running: Cluster) -> AbstractAsyncContextManager[None]:
+        address = running.balancer.management_address.text
+        return process("agent", f"--management-addr={address}", "--slots=2", "--threads=1")
+
+    async with (
+        cluster(agents=0, desired=as_delivered(), buffered_request_timeout=120) as running,
+        agent_process(running),
+        agent_process(running),
+    ):
+        await running.wait_until_serving(2)
         firsts: list[Message] = []
 
         async def ask() -> None:
@@ -124,7 +155,7 @@ async def test_agents_appear_in_the_snapshot_one_after_the_other() -> None:
 
 @pytest.mark.scenario("BU-10")
 async def test_an_item_timeout_of_zero_ends_every_request() -> None:
-    async with cluster(slots=2, desired=state(), inference_item_timeout=0) as running:
+    async with cluster(slots=2, desired=as_delivered(), inference_item_timeout=0) as running:
         [message] = await running.generate(raw_prompt())
         assert error_code(message) == 504
         assert "Inference timed out after 0ms" in result(message)["Error"]["description"]

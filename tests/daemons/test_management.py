@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from paddler.messages.state import (
     DEFAULT_DESIRED_STATE,
@@ -17,7 +18,7 @@ from paddler.messages.state import (
     UrlModel,
 )
 from paddler.messages.wire import unstructure
-from tests.cluster import Cluster, cluster, raw_prompt, state
+from tests.cluster import Cluster, as_delivered, cluster, count_tasks, raw_prompt, state
 
 pytestmark = pytest.mark.slow
 
@@ -157,14 +158,20 @@ async def test_a_serving_agent() -> None:
 @pytest.mark.scenario("MA-3")
 async def test_a_subscriber_that_leaves_is_forgotten() -> None:
     async with cluster(agents=0) as running:
+        await trio.testing.wait_all_tasks_blocked(0.1)  # the services have started all of theirs
+        before = count_tasks()
         for _ in range(20):
-            await running.wait_for_agents(lambda agents: not agents, within=2)
+            async with running.agents_stream() as stream:
+                assert await stream.event() == {"agents": []}
+        with trio.fail_after(5):
+            while count_tasks() > before:  # noqa: ASYNC110 no event for these
+                await trio.sleep(0.02)
         assert await get(running, "/api/v1/agents") == {"agents": []}
 
 
 @pytest.mark.scenario("MA-9")
 async def test_two_subscribers_see_a_short_request_come_and_go() -> None:
-    async with cluster(slots=1, desired=state()) as running:
+    async with cluster(slots=1, desired=as_delivered()) as running:
         ready = [trio.Event(), trio.Event()]
 
         async def watch(number: int) -> None:

@@ -37,3 +37,4 @@ async def test_the_stock_python_client_runs_unchanged() -> None:
         assert agent == seen["first agents event"][0]
         assert agent["slots_total"] == 4
         assert agent["id"]
+        assert agent["state_application_status"] == "Applied"

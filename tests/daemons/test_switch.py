@@ -14,6 +14,7 @@ from tests.cluster import (
     cluster,
     conversation,
     deterministic,
+    raw_prompt,
     result,
     state,
     text_of,
@@ -98,11 +99,12 @@ async def test_embeddings_mode_and_back_on_one_socket() -> None:
         message = await socket.receive()
         assert list(result(message)) == ["TokenGenerationDisabled"]
         assert message["Response"]["generated_by"] is None
-        async with running.post(conversation("Hello")) as response:
-            assert response.status_code == 501
-            assert await response.text() == (
-                "Token generation is disabled while the cluster is configured for embeddings"
-            )
+        for body in (conversation("Hello"), raw_prompt()):
+            async with running.post(body) as response:
+                assert response.status_code == 501
+                assert await response.text() == (
+                    "Token generation is disabled while the cluster is configured for embeddings"
+                )
         assert (await running.put_state(state())).status_code == 204
         assert await socket.receive() == {"Notification": "TokenGenerationEnabled"}
         await socket.request("b", conversation("Hello"))

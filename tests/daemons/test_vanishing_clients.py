@@ -7,7 +7,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.cluster import ENDLESS, LOAD_WAIT, Cluster, cluster, conversation, state, text_of
+from tests.cluster import ENDLESS, LOAD_WAIT, Cluster, cluster, conversation, count_tasks, state, text_of
 from tests.daemons.sockets import RawClient, inference_socket, post_bytes, raw_post
 
 pytestmark = pytest.mark.slow
@@ -16,18 +16,6 @@ CLIENTS = 200
 AT_ONCE = 40
 LONG_PROMPT = {"raw_prompt": "the quick brown fox " * 900, "max_tokens": 4000}
 """A few thousand tokens: most clients of it leave during its prefill."""
-
-
-def count_tasks() -> int:
-    """Count the tasks of this Trio run."""
-    root = trio.lowlevel.current_root_task()
-    assert root is not None
-    tasks, count = [root], 0
-    while tasks:
-        task = tasks.pop()
-        count += 1
-        tasks.extend(child for nursery in task.child_nurseries for child in nursery.child_tasks)
-    return count
 
 
 def count_descriptors() -> int:
