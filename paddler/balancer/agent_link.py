@@ -21,6 +21,7 @@ from paddler.errors import NoSuchAgent, RemoteProtocolError
 from paddler.messages.agent_socket import (
     PROTOCOL,
     AgentFrame,
+    AgentStatus,
     Answer,
     BalancerFrame,
     Goodbye,
@@ -108,7 +109,7 @@ class AgentLink:
         if self.ended:
             return
         self.ended = True
-        log.log(level, "agent %r: link ended: %s", self.agent_id, reason)
+        log.log(level, "%s: link ended: %s", self.shown_name, reason)
         self._scope.cancel()
         if self.agent is not None and self.requests is not None:
             self._fleet.remove(self.agent)
@@ -158,6 +159,7 @@ class AgentLink:
             return
         match decode(frame, _AGENT_FRAME):
             case Status(status):
+                self._report_changes(self.agent.status, status)
                 self._fleet.update(self.agent, status)
                 # Also when it shows nothing new: a status readmits requests that the agent had bounced.
                 self._buffer.grant_free_slots()
@@ -169,6 +171,25 @@ class AgentLink:
                 self.end("it said goodbye")
             case Register():
                 raise RemoteProtocolError("it registered twice on one connection")
+
+    def _report_changes(self, known: AgentStatus, status: AgentStatus) -> None:
+        """Log what an operator wants to know of an agent without looking at it."""
+        if status.issues != known.issues:
+            if status.issues:
+                more = f" (and {len(status.issues) - 1} more)" if len(status.issues) > 1 else ""
+                log.warning("%s has an issue: %s%s", self.shown_name, status.issues[0], more)
+            else:
+                log.info("%s has no issue any more", self.shown_name)
+        if status.slots_total != known.slots_total:
+            log.info(
+                "%s serves %d of %d slots", self.shown_name, status.slots_total, status.desired_slots_total
+            )
+
+    @property
+    def shown_name(self) -> str:
+        """The agent as log lines name it."""
+        name = self.agent.name if self.agent is not None else None
+        return f"agent {self.agent_id!r}" if name is None else f"agent {name!r} ({self.agent_id})"
 
 
 class AgentLinks:
@@ -254,7 +275,7 @@ class AgentLinks:
             older.end("a newer connection has the same id")
         link.register(register)
         self._registered[link.agent_id] = link
-        log.info("agent %r: registered as %r, version %s", link.agent_id, register.name, register.version)
+        log.info("%s registered, Paddler %s", link.shown_name, register.version)
         if self._set_state is not None:
             link.send(self._set_state)
         self._buffer.grant_free_slots()

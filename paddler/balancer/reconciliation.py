@@ -102,4 +102,4 @@ class Reconciliation:
         self.applicable_state = applicable
         self._links.push_state(applicable)
         self.changes.notify()
-        log.info("desired state applied: model %s", state.model)
+        log.info("desired state accepted, agents are told: model %s", state.model)

@@ -4,6 +4,9 @@ Pieces do not pass through here: the link's reader hands them to the reply by pl
 only sleeps until the request is over, and keeps the deadline between two items.
 """
 
+import logging
+import math
+
 import trio
 
 from paddler.balancer.agent_link import AgentLinks
@@ -16,6 +19,11 @@ from paddler.messages.tokens import StreamError
 SHUTTING_DOWN = StreamError(503, str(ShuttingDown()))
 NOT_HANDED_OVER = StreamError(500, "Failed to generate response")
 
+FAILURE_REPORT_INTERVAL = 10.0
+"""An overloaded balancer fails many requests; its log says so this often."""
+
+log = logging.getLogger(__name__)
+
 
 class Relay:
     """Serves token requests with the agents that are connected."""
@@ -24,6 +32,8 @@ class Relay:
         self._buffer = buffer
         self._links = links
         self._item_timeout = item_timeout
+        self._untold_failures = 0
+        self._next_report = -math.inf
 
     async def serve(self, request: TokenRequest, reply: Reply) -> None:
         """Serve one request to its end.
@@ -37,26 +47,42 @@ class Relay:
                 while await self._is_bounced(slot, request, reply):
                     await slot.claim_again()
         except RequestRefused as refusal:
-            reply.error(_stream_error(refusal))
+            self._fail(reply, _stream_error(refusal))
 
     def shut_down(self) -> None:
         """End all requests, waiting and running, and refuse those that come later."""
         self._buffer.shut_down()
         self._links.end_requests(SHUTTING_DOWN)
 
+    def _fail(self, reply: Reply, error: StreamError) -> None:
+        """End a request with an error that the operator learns of, too: at most one line per interval."""
+        reply.error(error)
+        if error == SHUTTING_DOWN:
+            return
+        self._untold_failures += 1
+        if trio.current_time() >= self._next_report:
+            log.warning(
+                "requests fail, %d since the last such line: %d %s",
+                self._untold_failures,
+                error.code,
+                error.description,
+            )
+            self._untold_failures = 0
+            self._next_report = trio.current_time() + FAILURE_REPORT_INTERVAL
+
     async def _is_bounced(self, slot: Slot, request: TokenRequest, reply: Reply) -> bool:
         """Run the request on the slot's agent; return True when the agent gave it back untouched."""
         try:
             running = self._links.hand_over(slot, request, reply)
         except LocalProtocolError:
-            reply.error(NOT_HANDED_OVER)
+            self._fail(reply, NOT_HANDED_OVER)
             return False
         try:
             in_time = await self._wait_for_end(running)
         finally:
             running.leave()
         if not in_time:
-            reply.error(_item_timeout(self._item_timeout))
+            self._fail(reply, _item_timeout(self._item_timeout))
         return running.bounced
 
     async def _wait_for_end(self, running: RunningRequest) -> bool:

@@ -90,6 +90,9 @@ class HuggingFaceModel:
     repo_id: str
     revision: str
 
+    def __str__(self) -> str:
+        return f"{self.repo_id}/{self.revision}/{self.filename}"
+
 
 @attrs.frozen
 class LocalModel:
@@ -97,10 +100,16 @@ class LocalModel:
 
     path: str
 
+    def __str__(self) -> str:
+        return self.path
+
 
 @attrs.frozen
 class UrlModel:
     url: str
+
+    def __str__(self) -> str:
+        return self.url
 
 
 ModelSource = Literal["None"] | HuggingFaceModel | LocalModel | UrlModel
@@ -171,24 +180,31 @@ class ModelPath:
     model_path: str
 
 
+# Issues are shown to people in logs, too: str() of each is its sentence.
+
+
 @attrs.frozen
 class ModelFileDoesNotExist(ModelPath):
-    pass
+    def __str__(self) -> str:
+        return f"{self.model_path} does not exist"
 
 
 @attrs.frozen
 class ModelCannotBeLoaded(ModelPath):
-    pass
+    def __str__(self) -> str:
+        return f"{self.model_path} cannot be loaded"
 
 
 @attrs.frozen
 class MultimodalProjectionCannotBeLoaded(ModelPath):
-    pass
+    def __str__(self) -> str:
+        return f"the multimodal projection {self.model_path} cannot be loaded"
 
 
 @attrs.frozen
 class UnableToFindChatTemplate(ModelPath):
-    pass
+    def __str__(self) -> str:
+        return f"{self.model_path} has no chat template, and no override is in force"
 
 
 @attrs.frozen
@@ -197,11 +213,17 @@ class ChatTemplateDoesNotCompile:
     model_path: ModelPath
     template_content: str
 
+    def __str__(self) -> str:
+        return f"the chat template for {self.model_path.model_path} does not compile: {self.error}"
+
 
 @attrs.frozen
 class SlotCannotStart:
     error: str
     slot_index: Uint32
+
+    def __str__(self) -> str:
+        return f"slot {self.slot_index} cannot start: {self.error}"
 
 
 AgentIssue = (

@@ -20,7 +20,13 @@ from paddler.messages.agent_socket import (
     Welcome,
 )
 from paddler.messages.snapshots import ModelMetadata
-from paddler.messages.state import DEFAULT_DESIRED_STATE, ChatTemplate, LocalModel
+from paddler.messages.state import (
+    DEFAULT_DESIRED_STATE,
+    ChatTemplate,
+    LocalModel,
+    ModelFileDoesNotExist,
+    SlotCannotStart,
+)
 from paddler.messages.tokens import StreamError
 from tests.balancer.services import PROMPT, RecordingReply, Services, make_services
 from tests.fakes.scripted_agent import ScriptedAgent, agent_status, connected_agent, decode_balancer_frame
@@ -137,7 +143,7 @@ async def test_a_silent_agent_is_given_up(
         with trio.fail_after(12.1):
             await agent.unlinked.wait()
         assert reply.errors == [AGENT_GONE]
-    assert warnings_of(caplog) == ["agent 'agent-1': link ended: no sign of life for 12 s"]
+    assert warnings_of(caplog) == ["agent 'agent-a' (agent-1): link ended: no sign of life for 12 s"]
 
 
 async def test_any_frame_is_a_sign_of_life(autojump_clock: MockClock) -> None:
@@ -173,7 +179,7 @@ async def test_an_agent_that_reads_nothing_is_given_up(
         with trio.fail_after(20):
             await agent.unlinked.wait()
         assert reply.errors == [AGENT_GONE]
-    assert warnings_of(caplog) == ["agent 'agent-1': link ended: it read nothing for 12 s"]
+    assert warnings_of(caplog) == ["agent 'agent-a' (agent-1): link ended: it read nothing for 12 s"]
 
 
 async def test_an_agent_whose_outbox_is_full_is_closed(caplog: pytest.LogCaptureFixture) -> None:
@@ -184,7 +190,7 @@ async def test_an_agent_whose_outbox_is_full_is_closed(caplog: pytest.LogCapture
             services.links.push_state(large)
         assert len(services.fleet) == 0
         await agent.unlinked.wait()
-    assert warnings_of(caplog) == ["agent 'agent-1': link ended: its outbox is full"]
+    assert warnings_of(caplog) == ["agent 'agent-a' (agent-1): link ended: its outbox is full"]
 
 
 # Frames
@@ -418,3 +424,25 @@ async def test_an_agent_that_registers_in_the_tick_of_the_shutdown_is_not_admitt
         services.links.shut_down()
         await agent.unlinked.wait()
         assert len(services.fleet) == 0
+
+
+async def test_an_operator_reads_of_an_agents_issues_in_the_balancers_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "paddler")
+    services = make_services()
+    issues = (ModelFileDoesNotExist("/models/none.gguf"), SlotCannotStart("no memory", 0))
+    async with connected_agent(services.links, name="rack-1", slots=0) as agent:
+        for changes in (
+            {"issues": issues},
+            {"issues": issues},
+            {"issues": (), "slots_total": 2, "desired_slots_total": 2},
+        ):
+            agent.report(**changes)
+            await wait_all_tasks_blocked()
+    told = [record.getMessage() for record in caplog.records if "rack-1" in record.getMessage()]
+    assert [line.partition(") ")[2] for line in told[1:4]] == [
+        "has an issue: /models/none.gguf does not exist (and 1 more)",
+        "has no issue any more",
+        "serves 2 of 2 slots",
+    ]

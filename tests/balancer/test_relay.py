@@ -509,3 +509,16 @@ async def test_a_request_bounced_during_its_drain_frees_the_slot(nursery: trio.N
         await wait_all_tasks_blocked()
         assert services.slots() == (0, 1)
         assert services.buffer.buffered == 0
+
+
+async def test_failing_requests_are_told_to_the_operator_but_not_one_by_one(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    services = make_services(max_buffered_requests=0)
+    for pause in (0.0, 1.0, 1.0, 10.0):
+        await trio.sleep(pause)
+        await services.relay.serve(PROMPT, RecordingReply())
+    assert [record.getMessage() for record in caplog.records] == [
+        "requests fail, 1 since the last such line: 503 Buffered requests overflow",
+        "requests fail, 3 since the last such line: 503 Buffered requests overflow",
+    ]
