@@ -3,10 +3,17 @@
 Turns flags into configurations and hands those to a daemon; how a value is written is in flag_values.py.
 """
 
-import argparse
 import signal
-import socket
 import sys
+
+if sys.argv[0].endswith(("/paddler", "/paddler/__main__.py")):
+    # The imports below take a while, and a Ctrl-C among them would be a traceback by Python's own handler.
+    # Only where this is the command: whoever imports this module otherwise has a handler to keep.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import errno
+import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -39,6 +46,11 @@ CONFIG_FIELDS = {
 }
 """Flags whose field in config.py is not called like them."""
 
+OTHER_PORTS = (
+    " Is another Paddler running? Choose other ports, for example "
+    "--inference-addr 127.0.0.1:9061 --management-addr 127.0.0.1:9060"
+)
+
 Command = BalancerConfig | AgentConfig | tuple[BalancerConfig, AgentConfig]
 """What the flags ask for; both configurations stand for `paddler up`."""
 
@@ -52,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         host.run(_daemon_of(command))
     except* ConfigurationError as errors:
         for error in _leaves(errors):
-            sys.stderr.write(f"paddler: error: {error}\n")
+            sys.stderr.write(f"paddler: error: {_with_advice(error)}\n")
         exit_code = 1
     return exit_code
 
@@ -88,6 +100,13 @@ def _daemon_of(command: Command) -> host.Daemon:
             from paddler import single_node
 
             return partial(single_node.run, balancer, agent)
+
+
+def _with_advice(error: ConfigurationError) -> str:
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
+        return f"{error}.{OTHER_PORTS}"
+    return str(error)
 
 
 def _leaves(errors: BaseExceptionGroup[ConfigurationError]) -> list[ConfigurationError]:
@@ -126,8 +145,18 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**settings, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         self.add_argument("--help", action="help", help="show this text")
         self._has_negative_number_optionals.append(True)  # argparse's own switch: `--flag -1` lacks its value
+        self._unknown: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        flags = [text.partition("=")[0] for text in given if text.startswith("--")]
+        self._unknown = [flag for flag in flags if flag not in self._option_string_actions]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """End with one line. A missing flag is often a misspelt one, so the unknown are named with it."""
+        if self._unknown and "are required" in message:
+            message += f"; unrecognized arguments: {' '.join(self._unknown)}"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -174,7 +203,7 @@ def _add_balancer_flags(parser: _Parser) -> None:
     add("--buffered-request-timeout", duration, "MS", "longest wait for a free slot")
     add("--compat-openai-addr", not_yet("the OpenAI service"), "ADDR", "not available yet")
     add("--inference-addr", address, "ADDR", f"inference service (default: {INFERENCE_ADDRESS})")
-    add("--inference-cors-allowed-host", str, "ORIGIN", "allowed origin of it; repeatable", repeatable=True)
+    add("--inference-cors-allowed-host", str, "ORIGIN", _origin_help("inference"), repeatable=True)
     add("--inference-item-timeout", duration, "MS", "longest gap between two items of a request")
     add(
         "--management-addr",
@@ -182,18 +211,24 @@ def _add_balancer_flags(parser: _Parser) -> None:
         "ADDR",
         f"management service, for agents too (default: {MANAGEMENT_ADDRESS})",
     )
-    add("--management-cors-allowed-host", str, "ORIGIN", "allowed origin of it; repeatable", repeatable=True)
+    add("--management-cors-allowed-host", str, "ORIGIN", _origin_help("management"), repeatable=True)
     add(
         "--max-buffered-requests",
         integer(-(2**31)),
         "N",
-        "requests that may wait; none when 0 or negative (=-1)",
+        "requests that may wait for a slot; with 0 or less (--max-buffered-requests=-1) none waits: "
+        "one without a free slot is refused at once",
     )
     add("--state-database", state_database, "URL", "memory:// or file:///absolute/path")
     add("--statsd-addr", address, "ADDR", "where StatsD reports go (default: nowhere)")
     add("--statsd-prefix", str, "TEXT", "prefix of metric names, also of /metrics")
     add("--statsd-reporting-interval", reporting_interval, "MS", "time between two reports")
     add("--web-admin-panel-addr", not_yet("the web admin panel"), "ADDR", "not available yet")
+
+
+def _origin_help(service: str) -> str:
+    example = "http://panel.example:8062"
+    return f"allowed origin of web pages that call the {service} service, e.g. {example}; repeatable"
 
 
 def _add_agent_flags(parser: _Parser, *, slots_required: bool) -> None:

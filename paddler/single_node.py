@@ -12,7 +12,7 @@ from paddler.config import AgentConfig, BalancerConfig, bundled_model_path
 from paddler.messages.state import DETERMINISTIC_PARAMETERS, LocalModel
 
 WELCOME = """\
-Paddler serves {model} on {slots} slots.
+Paddler serves {model} on {slots}.
   inference   {inference_url}
   management  {management_url}
 Try it:
@@ -72,7 +72,7 @@ async def _announce_once_serving(running: balancer_daemon.RunningBalancer) -> No
     sys.stdout.write(
         WELCOME.format(
             model=PurePath(agent.model_path or "").name,
-            slots=agent.slots_total,
+            slots="1 slot" if agent.slots_total == 1 else f"{agent.slots_total} slots",
             inference_url=running.inference_address.url,
             management_url=running.management_address.url,
         )

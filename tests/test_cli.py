@@ -1,6 +1,7 @@
 """Flags become configurations; what is wrong is said in one line."""
 
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -178,6 +179,10 @@ def test_other_state_databases_are_usage_errors(url: str, capsys: pytest.Capture
         ("balancer -h", "unrecognized arguments: -h"),
         ("agent --slots 4", "the following arguments are required: --management-addr"),
         ("agent --management-addr 127.0.0.1:1", "the following arguments are required: --slots"),
+        (
+            "agent --slotz 4 --name=a",
+            "are required: --management-addr, --slots; unrecognized arguments: --slotz",
+        ),
         ("agent --management-addr 127.0.0.1:1 --slots 0", "must be between 1 and 2147483647, got 0"),
         ("agent --management-addr 127.0.0.1:1 --slots 4 --threads 0", "must be between 1"),
         ("agent --management-addr 127.0.0.1:1 --slots 4 --kv-layout x", "expected auto, shared or per-slot"),
@@ -224,6 +229,7 @@ def test_help_shows_defaults_in_the_units_of_the_flags(capsys: pytest.CaptureFix
     shown = " ".join(capsys.readouterr().out.split())
     assert "longest wait for a free slot (default: 10000)" in shown
     assert "requests handled in parallel (default: 4)" in shown
+    assert "allowed origin of web pages that call the inference service, e.g. http://" in shown
 
 
 @pytest.mark.slow
@@ -234,3 +240,33 @@ def test_the_command_line_loads_no_server_before_it_is_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+INTERRUPTED_IMPORT = """
+import importlib.abc, os, signal, sys
+
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "paddler.config":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = [sys.argv[1]]
+import paddler.cli
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["/usr/local/bin/paddler", "/lib/paddler/__main__.py"])
+def test_ctrl_c_among_the_imports_ends_the_command_without_a_word(command: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT, command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.slow
+def test_the_import_leaves_the_handler_of_another_program_alone() -> None:
+    program = (
+        "import signal, paddler.cli; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -41,7 +41,7 @@ DOORS: dict[str, set[str]] = {
     "hypercorn": {"http.connection"},
     "huggingface_hub": set(),
     "jinja2": {"language.chat_template"},
-    "llama_cpp": {"engine.llama"},
+    "llama_cpp": {"engine.context", "engine.llama"},
     "statsd": {"balancer.metrics"},
     "trio_websocket": {"agent.balancer_link"},
     "wsproto": {"http.connection"},

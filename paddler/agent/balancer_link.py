@@ -21,6 +21,9 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 """Between tries, doubled each time: requests wait only some ten seconds for an agent."""
 
+GOOD_TIME = 2.0
+"""A link that lived so long is tried anew without a pause; others may end at once every time."""
+
 MESSAGE_QUEUE_SIZE = 64
 """With the library's 1, two unread messages keep it from answering pings."""
 
@@ -55,17 +58,21 @@ async def stay_connected(
 ) -> None:
     """Keep one session with the balancer at this address, reconnecting with backoff, until cancelled.
 
-    Logs when the link comes and when it goes, and once for each new reason why it does not come.
+    Logs when a link goes, and once for each new reason why none comes, or none stays.
     """
     pause = FIRST_PAUSE
     last_problem = ""
     while True:
         attempt = _Attempt(open_session, connect_timeout, disconnect_timeout)
         await attempt.run(address, f"/api/v1/agent_socket/{agent_id}")
-        if attempt.session is not None and attempt.session.was_accepted:
+        was_linked = attempt.session is not None and attempt.session.was_accepted
+        if was_linked and attempt.session_time >= GOOD_TIME:
             pause, last_problem = FIRST_PAUSE, ""
         if attempt.problem != last_problem:
-            logger.warning("no link to the balancer at %s: %s; trying again", address, attempt.problem)
+            if was_linked:  # balancers come and go
+                logger.info("link to the balancer at %s ended: %s; reconnecting", address, attempt.problem)
+            else:
+                logger.warning("no link to the balancer at %s: %s; trying again", address, attempt.problem)
             last_problem = attempt.problem
         await trio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 spreads agents, hides nothing
         pause = min(2 * pause, LONGEST_PAUSE)
@@ -79,6 +86,7 @@ class _Attempt:
     connect_timeout: float
     disconnect_timeout: float
     session: Session | None = None
+    session_time: float = 0.0
     problem: str = ""
 
     async def run(self, address: Address, resource: str) -> None:
@@ -120,7 +128,11 @@ class _Attempt:
             else:
                 connection = _Connection(websocket)
                 self.session = self.open_session(connection.receive, connection.send)
-                self.problem = await self.session.run()
+                began = trio.current_time()
+                try:
+                    self.problem = await self.session.run()
+                finally:
+                    self.session_time = trio.current_time() - began
                 with trio.move_on_after(self.disconnect_timeout):
                     await websocket.aclose()
             library.cancel_scope.cancel()

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, assert_never, cast
 
+import attrs
 import trio
 
 import paddler
@@ -82,7 +83,8 @@ class LinkSession:
         self._filled = trio.Event()
         self._is_status_due = False
         self._is_sending = False
-        self._parts: dict[int, list[str]] = {}
+        self._parts: dict[int, _Parts] = {}
+        self._stopped_midway: set[int] = set()  # what still comes of them is dropped, up to the last part
 
     async def run(self) -> str:
         """Serve the connection until it ends, and return why it did.
@@ -162,6 +164,7 @@ class LinkSession:
                 self._take_part(frame, requests)
             case Stop(number):
                 if self._parts.pop(number, None) is not None:
+                    self._stopped_midway.add(number)
                     self._send_step([(number, "D", _STOPPED_BEFORE_IT_CAME)])
                 self._slots.stop(number)
             case Ask():
@@ -174,12 +177,17 @@ class LinkSession:
                 assert_never(frame)
 
     def _take_part(self, part: Part, requests: trio.Nursery) -> None:
-        texts = self._parts.setdefault(part.request, [])
-        texts.append(part.text)
-        if sum(map(len, texts)) > MAX_LINK_MESSAGE_BYTES:
+        if part.request in self._stopped_midway:
+            if part.last:
+                self._stopped_midway.remove(part.request)
+            return
+        parts = self._parts.setdefault(part.request, _Parts())
+        parts.texts.append(part.text)
+        parts.characters += len(part.text)
+        if parts.characters > MAX_LINK_MESSAGE_BYTES:
             raise RemoteProtocolError(f"request {part.request} is longer than {MAX_LINK_MESSAGE_BYTES} bytes")
         if part.last:
-            frame = decode("".join(self._parts.pop(part.request)), _BALANCER_FRAME)
+            frame = decode("".join(self._parts.pop(part.request).texts), _BALANCER_FRAME)
             if not isinstance(frame, Generate) or frame.request != part.request:
                 raise RemoteProtocolError(f"the parts of request {part.request} are not a request")
             self._take(frame, requests)
@@ -257,3 +265,11 @@ class LinkSession:
             await self._send(encode(Goodbye(), AgentFrame))
         except EOFError:
             pass  # the balancer left first
+
+
+@attrs.define
+class _Parts:
+    """What has come of a long request."""
+
+    texts: list[str] = attrs.Factory(list)
+    characters: int = 0

@@ -1,6 +1,7 @@
 """Serve one model: load it, keep it loaded, restart its engine, say why it cannot be served."""
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import NoReturn, Protocol, cast
 import attrs
 import trio
 
-from paddler.agent.preparation import TemplateRenderer
+from paddler.agent.preparation import PreparationFailed, TemplateRenderer
 from paddler.agent.slots import Engine, Serving, Slots
 from paddler.agent.status import StatusBoard
 from paddler.config import EngineTimeouts, KvLayout
@@ -30,14 +31,14 @@ from paddler.messages.tokens import StreamError
 from paddler.models.sources import check_projection
 
 RETRY_INTERVAL = 1.0
-"""Between attempts whose cause is outside: a missing file, a broken model."""
+"""Between attempts whose cause is outside: a missing file, a broken model, no process to check templates."""
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 """Between restarts of a failed engine; doubled each time."""
 
 GOOD_TIME = 30.0
-"""An engine that lived so long and then failed is restarted as if for the first time."""
+"""An engine that served so long and then failed is restarted as if for the first time."""
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,9 @@ class ModelService:
         self._engine_timeouts = engine_timeouts
         self._kv_layout = kv_layout
         self._threads = threads
+        self._serving: Serving | None = None
         self._is_withdrawn = False
+        self._are_tokens_expected = False
 
     async def serve_forever(self, resolved: Resolved, show: Callable[[Outcome], None]) -> None:
         """Load and serve until cancelled, again after every failure; `show` is told how it goes."""
@@ -129,18 +132,21 @@ class ModelService:
         outcome = Outcome(StateApplicationStatus.FRESH)
         show(outcome)
         restarts = _Restarts()
+        last_reason = ""
 
         def on_serving() -> None:
-            nonlocal outcome
+            nonlocal outcome, last_reason
+            restarts.note_serving()
+            last_reason = ""
             outcome = Outcome(StateApplicationStatus.APPLIED)
             show(outcome)
 
         while True:
-            restarts.begin()
             try:
                 await self._serve(resolved, resolved.model_path, on_serving)
-            except ModelUnavailable as error:
-                failed = attrs.evolve(outcome, issues=issues_of(error))
+            except (ModelUnavailable, PreparationFailed) as error:
+                issues = issues_of(error) if isinstance(error, ModelUnavailable) else frozenset()
+                failed = attrs.evolve(outcome, issues=issues)
                 next_try = failed.next_try()
                 pause = RETRY_INTERVAL
                 reason = str(error)
@@ -150,7 +156,8 @@ class ModelService:
                 next_try = failed
                 pause = restarts.pause()
                 reason = str(failure)
-            if failed.issues != outcome.issues:  # one line per reason, not per try
+            if reason != last_reason:  # one line per reason, not per try
+                last_reason = reason
                 logger.warning("%s is not served: %s", resolved.model_path, reason)
             show(failed)
             await trio.sleep(pause)
@@ -160,11 +167,33 @@ class ModelService:
     def withdraw(self) -> None:
         """Announce 0 slots and bounce what still comes; also an engine that is still loading gets nothing."""
         self._is_withdrawn = True
-        self._slots.close_door()
-        self._board.update(slots_total=0)
+        self._announce()
+
+    def expect(self, state: ApplicableState) -> None:
+        """Take note of the state that was received last, which may take long to be resolved.
+
+        From now on balancers send token requests if it is one for tokens: an engine for embeddings must
+        not refuse them, they wait for the next. Slots go at once, or they would come back every status.
+        """
+        self._are_tokens_expected = not state.inference_parameters.enable_embeddings
+        self._announce()
+
+    def _announce(self) -> None:
+        """Open the door to what is loaded and announce slots; 0 of them where nobody is served."""
+        serving = self._serving
+        is_of_old_mode = self._are_tokens_expected and serving is not None and serving.enable_embeddings
+        if serving is None or self._is_withdrawn or is_of_old_mode:
+            self._slots.close_door()
+            self._board.update(slots_total=0)
+        else:
+            self._slots.open_door(serving)
+            self._board.update(slots_total=self._board.status.desired_slots_total)
 
     async def _serve(self, resolved: Resolved, model_path: str, on_serving: Callable[[], None]) -> NoReturn:
-        """Load the model and serve it until cancelled. Raises ModelUnavailable, EngineDied, EngineHung."""
+        """Load the model and serve it until cancelled.
+
+        Raises ModelUnavailable, PreparationFailed, EngineDied, EngineHung.
+        """
 
         async def on_model(description: ModelDescription) -> None:
             await self._check_model(resolved, model_path, description)
@@ -188,19 +217,22 @@ class ModelService:
                 self._board.clear_progress()
                 self.metadata = _metadata(engine.description, engine.capacity)
                 if not self._is_withdrawn:
-                    self._slots.open_door(_serving(resolved.state, engine))
+                    self._serving = _serving(resolved.state, engine)
                     on_serving()
-                    self._board.update(slots_total=settings.slots)
+                    self._announce()
                     logger.info("serving %s in %d slots", model_path, settings.slots)
                 await trio.sleep_forever()
         finally:
             self._board.clear_progress()
-            self._slots.close_door()
-            self._board.update(slots_total=0)
+            self._serving = None
+            self._announce()
         raise AssertionError("an engine that ends by itself raises")
 
     async def _check_model(self, resolved: Resolved, model_path: str, description: ModelDescription) -> None:
-        """Check, between weights and context, what else the state needs. Raises ModelUnavailable."""
+        """Check, between weights and context, what else the state needs.
+
+        Raises ModelUnavailable, and PreparationFailed when the template could not be checked.
+        """
         self.metadata = _metadata(description)
         template = _template_of(resolved.state, description)
         if template is not None:
@@ -227,14 +259,15 @@ class _Restarts:
 
     def __init__(self) -> None:
         self._next_pause = FIRST_PAUSE
-        self._began = trio.current_time()
+        self._served_since = math.inf
 
-    def begin(self) -> None:
-        self._began = trio.current_time()
+    def note_serving(self) -> None:
+        self._served_since = trio.current_time()
 
     def pause(self) -> float:
-        if trio.current_time() - self._began > GOOD_TIME:
+        if trio.current_time() - self._served_since > GOOD_TIME:
             self._next_pause = FIRST_PAUSE
+        self._served_since = math.inf
         pause = self._next_pause
         self._next_pause = min(2 * pause, LONGEST_PAUSE)
         return pause

@@ -4,6 +4,7 @@ A template is a program from a model file: it may loop for ever or fill the memo
 request a ChatTemplateError and the process its life, and nobody else anything.
 """
 
+import math
 import socket
 import subprocess
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ import trio
 from paddler.errors import PaddlerError, RemoteProtocolError
 from paddler.language.chat_template import MAX_PROMPT_CHARACTERS, Prompt
 from paddler.messages.tokens import ChatTemplateError
-from paddler.processes.children import start_module, wait_for
+from paddler.processes.children import is_running, start_module, wait_for
 from paddler.processes.frames import FrameCutter, pack_frame
 
 MAX_WORKERS = 4
@@ -43,6 +44,16 @@ class TemplateRenderer(Protocol):
     async def compile_error(self, template: str) -> str | None: ...
 
 
+@attrs.define(eq=False)
+class PreparationFailed(PaddlerError):
+    """No process could do the job; that says nothing of the template."""
+
+    what: str
+
+    def __str__(self) -> str:
+        return f"the process that renders chat templates {self.what}"
+
+
 @asynccontextmanager
 async def open_preparation(*, timeout: float) -> AsyncIterator["Preparation"]:
     """Provide preparation for the duration of the block; its processes are gone afterwards."""
@@ -57,7 +68,8 @@ class Preparation:
     """A small pool of preparation processes.
 
     Jobs go to an idle worker; one is started when there is none, or when all have been busy for PATIENCE.
-    So a stuck template delays others by that much, and a worker is never shared by two jobs.
+    So a stuck template delays others by that much, and a worker is never shared by two jobs. The timeout
+    of a job covers its wait for a worker.
     """
 
     def __init__(self, *, timeout: float) -> None:
@@ -69,13 +81,16 @@ class Preparation:
 
     async def render(self, template: str, variables: dict[str, Any]) -> Prompt | ChatTemplateError:
         """Render a conversation. Cancelling kills the worker that is at it."""
-        answer = await self._run({"template": template, "variables": variables})
+        try:
+            answer = await self._run({"template": template, "variables": variables})
+        except PreparationFailed as error:
+            return ChatTemplateError(str(error))
         if "error" in answer:
             return ChatTemplateError(answer["error"])
         return Prompt(answer["text"], answer["suffix"])
 
     async def compile_error(self, template: str) -> str | None:
-        """Return why a template does not compile, or None."""
+        """Return why a template does not compile, or None. Raises PreparationFailed."""
         return (await self._run({"template": template, "variables": None})).get("error")
 
     async def aclose(self) -> None:
@@ -87,19 +102,21 @@ class Preparation:
                 await worker.ended()
 
     async def _run(self, job: dict[str, Any]) -> dict[str, str]:
+        deadline = trio.current_time() + self._timeout
         try:
-            worker = await self._lease()
-        except _WorkerFailed as error:
+            with trio.fail_at(deadline):
+                worker = await self._lease()
+        except trio.TooSlowError:
+            raise PreparationFailed(f"was not free within {self._timeout:g} s") from None
+        except PreparationFailed:
             self._waiting.unpark()  # whoever is next finds out for itself
-            return {"error": str(error)}
+            raise
         answer: dict[str, str] | None = None
         try:
-            with trio.fail_after(self._timeout):
+            with trio.fail_at(deadline):
                 answer = await worker.answer(pack_frame(job))
         except trio.TooSlowError:
             return {"error": f"the chat template was not rendered within {self._timeout:g} s"}
-        except _WorkerFailed as error:
-            return {"error": str(error)}
         finally:
             self._leased.remove(worker)
             if answer is None:
@@ -110,39 +127,43 @@ class Preparation:
         return answer
 
     async def _lease(self) -> "_Worker":
-        """Take an idle worker, a new one if need be, or wait for one to become idle."""
-        patient = True
+        """Take an idle worker, a new one if need be, or wait for one to become idle.
+
+        Raises PreparationFailed when none can be started and none works.
+        """
+        patience_ends = trio.current_time() + PATIENCE
         while True:
-            self._forget_dead()
-            if self._idle:
-                worker = self._idle.pop()
-                break
-            if not self._leased or (len(self._leased) < MAX_WORKERS and not patient):
-                worker = _Worker.start()
-                break
-            with trio.move_on_after(PATIENCE) as patience:
+            is_patient = trio.current_time() < patience_ends
+            worker = self._idle_or_new(is_patient=is_patient)
+            if worker is not None:
+                self._leased.add(worker)
+                return worker
+            with trio.move_on_at(patience_ends if is_patient else math.inf):
                 await self._waiting.park()
-            patient = not patience.cancelled_caught
-        self._leased.add(worker)
-        return worker
+
+    def _idle_or_new(self, *, is_patient: bool) -> "_Worker | None":
+        """Return a worker, or None while those that work are to be waited for."""
+        self._forget_dead()
+        if self._idle:
+            return self._idle.pop()
+        if self._leased and (is_patient or len(self._leased) == MAX_WORKERS):
+            return None
+        try:
+            return _Worker.start()
+        except PreparationFailed:
+            if not self._leased:
+                raise
+            return None
 
     def _kill(self, worker: "_Worker") -> None:
         worker.kill()
         self._killed.append(worker)  # reaped later: a caller that is cancelled cannot wait for it
 
     def _forget_dead(self) -> None:
-        for worker in [worker for worker in self._idle if not worker.is_alive()]:
+        for worker in [worker for worker in self._idle if not worker.is_running()]:
             self._idle.remove(worker)
-            worker.kill()
+            self._kill(worker)
         self._killed = [worker for worker in self._killed if worker.is_alive()]
-
-
-@attrs.define(eq=False)
-class _WorkerFailed(PaddlerError):
-    what: str
-
-    def __str__(self) -> str:
-        return f"the process that renders chat templates {self.what}"
 
 
 class _Worker:
@@ -154,7 +175,7 @@ class _Worker:
 
     @classmethod
     def start(cls) -> "_Worker":
-        """Start a process, on the main thread. Raises _WorkerFailed.
+        """Start a process, on the main thread. Raises PreparationFailed.
 
         A process group of its own keeps it out of reach of Ctrl-C, also while Python still starts.
         """
@@ -172,12 +193,15 @@ class _Worker:
                         process_group=0,
                     )
             except OSError as error:
-                raise _WorkerFailed(f"cannot be started: {error.strerror}") from error
+                raise PreparationFailed(f"cannot be started: {error.strerror}") from error
             on_failure.pop_all()
         return cls(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
 
     async def answer(self, job: bytes) -> dict[str, str]:
-        """Hand over a job and wait for its answer. Raises _WorkerFailed; cancelled, the worker is useless."""
+        """Hand over a job and wait for its answer; cancelled, the worker is useless.
+
+        Raises PreparationFailed.
+        """
         frames = FrameCutter(max_frame_bytes=_MAX_ANSWER_BYTES)
         try:
             await self._stream.send_all(job)
@@ -185,15 +209,18 @@ class _Worker:
                 for answer in frames.feed(data):
                     return cast("dict[str, str]", answer)
         except RemoteProtocolError as error:
-            raise _WorkerFailed(f"gave {error}") from None
+            raise PreparationFailed(f"gave {error}") from None
         except trio.BrokenResourceError:
             pass
-        raise _WorkerFailed(await self._what_happened())
+        raise PreparationFailed(await self._what_happened())
 
     async def _what_happened(self) -> str:
         with trio.move_on_after(REAP_TIMEOUT):
             return f"died: {await wait_for(self._process)}"
         return "closed its socket"
+
+    def is_running(self) -> bool:
+        return is_running(self._process)
 
     def is_alive(self) -> bool:
         return self._process.poll() is None

@@ -23,10 +23,14 @@ from paddler.models.sources import resolve_model, resolve_projection
 #   apply     takes the newest resolved state and has it served until a newer one is resolved. Then 0
 #             slots are announced, the accepted requests finish, and the engine is left.
 #
+# One thing happens as soon as a state is received: if it is one for tokens and an engine for embeddings
+# serves, 0 slots are announced until this changes, because nothing that comes from now on is for that engine.
+#
 # A state equal to the one that serves changes nothing, also when one in between could not be resolved.
 # What a newer state has made either task leave is begun anew, also when that state is gone again by the
 # time it is left: both take whatever is the newest then, never only what differs from what they left.
-# The status shows the newest state: that of resolving until it is resolved, that of applying from then on.
+# The status shows the newest state: that of applying while it is the one in hand, otherwise Fresh, from
+# its receipt to the end of the drain; but that of resolving as long as its files cannot be found.
 
 Resolve = Callable[[ModelSource], Awaitable[str | None]]
 
@@ -52,8 +56,12 @@ class Reconciliation:
         self._find_projection = find_projection
         self._newest = Latest[ApplicableState | None](None)
         self._resolved = Latest[Resolved | None](None)
+        self._searched: ApplicableState | None = None
         self._resolving: Outcome | None = None
-        self._applying = Outcome(StateApplicationStatus.FRESH)
+        """Of the search for the files of `_searched`, once it has failed, until it succeeds."""
+        self._in_hand: ApplicableState | None = None
+        """What is being applied or serves; None during its drain."""
+        self._applying = _FRESH
 
     @property
     def newest_state(self) -> ApplicableState | None:
@@ -68,6 +76,8 @@ class Reconciliation:
     def receive(self, state: ApplicableState) -> None:
         """Take a state from the balancer; it replaces any other. An equal one changes nothing."""
         self._newest.set(state)
+        self._service.expect(state)
+        self._show()
 
     async def apply_desired_state(self) -> None:
         """Resolve and apply states for ever. Cancelled, it leaves no engine behind."""
@@ -86,7 +96,9 @@ class Reconciliation:
 
     async def _resolve(self, state: ApplicableState) -> None:
         """Find the files of a state, trying until they are there, and hand it over."""
-        outcome = Outcome(StateApplicationStatus.FRESH)
+        self._searched = state
+        outcome = _FRESH
+        self._show_resolving(None)
         while True:
             try:
                 model_path = await self._find_model(state.model)
@@ -101,16 +113,20 @@ class Reconciliation:
                 outcome = outcome.next_try()
                 self._show_resolving(outcome)
         self._board.update(uses_chat_template_override=state.chat_template_override is not None)
-        self._show_resolving(None)
         self._resolved.set(Resolved(state, model_path, projection_path))
+        self._show_resolving(None)
 
     async def _apply_forever(self) -> None:
         while True:
             resolved = await self._resolved.other_than(None)
             assert resolved is not None
+            self._in_hand = resolved.state
+            self._applying = attrs.evolve(self._applying, status=StateApplicationStatus.FRESH)
             async with trio.open_nursery() as serving:
                 serving.start_soon(self._service.serve_forever, resolved, self._show_applying)
                 await self._resolved.other_than(resolved)
+                self._in_hand = None
+                self._show()
                 self._service.withdraw()
                 await self._slots.emptied()
                 serving.cancel_scope.cancel()
@@ -124,8 +140,16 @@ class Reconciliation:
         self._show()
 
     def _show(self) -> None:
-        resolving = self._resolving or self._applying
+        newest = self._outcome_of_newest()
         self._board.update(
-            issues=sorted_issues(self._applying.issues | resolving.issues),
-            state_application_status=resolving.status,
+            issues=sorted_issues(self._applying.issues | newest.issues),
+            state_application_status=newest.status,
         )
+
+    def _outcome_of_newest(self) -> Outcome:
+        if self._resolving is not None and self._searched == self._newest.value:
+            return self._resolving
+        return self._applying if self._in_hand == self._newest.value else _FRESH
+
+
+_FRESH = Outcome(StateApplicationStatus.FRESH)

@@ -3,17 +3,22 @@
 import binascii
 from collections.abc import Iterator
 
-from paddler.messages.inference import ContinueFromConversationHistory, ImagePart, TokenRequest
+from paddler.language.chat_template import MAX_PROMPT_CHARACTERS
+from paddler.messages.inference import ContinueFromConversationHistory, ImagePart, TextPart, TokenRequest
 from paddler.messages.tokens import (
     GrammarIncompatibleWithThinking,
     GrammarInitializationFailed,
     ImageDecodingFailed,
     MultimodalNotSupported,
+    SamplerError,
     Terminal,
 )
 
 CHECKED_CHARACTERS = 64 * 1024
 """So much of an image's base64 is looked at here, on the event loop; a multiple of four."""
+
+_STRIPPED_CHARACTERS = 4096
+"""Blanks around it are looked for in pieces of that size."""
 
 
 def refuse_early(body: TokenRequest) -> Terminal | None:
@@ -27,6 +32,26 @@ def refuse_early(body: TokenRequest) -> Terminal | None:
         if problem is not None:
             return ImageDecodingFailed(problem)
     return None
+
+
+def refuse_long(characters: int) -> Terminal | None:
+    """Return the refusal of a prompt of that length, or None."""
+    if characters <= MAX_PROMPT_CHARACTERS:
+        return None
+    return SamplerError(
+        "Request evicted due to KV cache pressure: "
+        f"prompt has {characters} characters, room for {MAX_PROMPT_CHARACTERS}"
+    )
+
+
+def conversation_characters(body: ContinueFromConversationHistory) -> int:
+    """Return how much text the messages have, as a template sees them but for images."""
+    return sum(
+        len(message.content)
+        if isinstance(message.content, str)
+        else sum(len(part.text) for part in message.content if isinstance(part, TextPart))
+        for message in body.conversation_history
+    )
 
 
 def refuse_images(body: TokenRequest) -> Terminal | None:
@@ -46,19 +71,35 @@ def _image_urls(body: TokenRequest) -> Iterator[str]:
 
 
 def _image_problem(url: str) -> str | None:
-    """Judge the form of a data URI."""
+    """Judge the form of a data URI. It can have 50 MB: nothing here copies more than a piece of it."""
     if not url.startswith("data:"):
         return "remote images are not supported: the URL of an image must be a data URI"
-    header, comma, payload = url.partition(",")
-    if not comma:
+    comma = url.find(",")
+    if comma < 0:
         return "the data URI of an image has no comma"
-    if not header.endswith(";base64"):
+    if not url.endswith(";base64", 0, comma):
         return "the data URI of an image is not base64"
-    payload = payload.strip()
-    if not payload:
+    start, end = _stripped(url, comma + 1)
+    if start == end:
         return "the data URI of an image is empty"
     try:
-        binascii.a2b_base64(payload[:CHECKED_CHARACTERS], strict_mode=True)
+        binascii.a2b_base64(url[start : min(start + CHECKED_CHARACTERS, end)], strict_mode=True)
     except ValueError as error:
         return f"the base64 of an image is broken: {error}"
-    return "the base64 of an image is cut off" if len(payload) % 4 else None
+    return "the base64 of an image is cut off" if (end - start) % 4 else None
+
+
+def _stripped(text: str, start: int) -> tuple[int, int]:
+    """Return where the text from `start` on begins and ends without the blanks around it."""
+    end = len(text)
+    while start < end:
+        piece = text[start : min(start + _STRIPPED_CHARACTERS, end)]
+        start += len(piece) - len(piece.lstrip())
+        if not piece.isspace():
+            break
+    while start < end:
+        piece = text[max(end - _STRIPPED_CHARACTERS, start) : end]
+        end -= len(piece) - len(piece.rstrip())
+        if not piece.isspace():
+            break
+    return start, end

@@ -14,11 +14,11 @@ import attrs
 import trio
 
 from paddler.agent.preparation import TemplateRenderer
-from paddler.agent.refusals import refuse_early, refuse_images
+from paddler.agent.refusals import conversation_characters, refuse_early, refuse_images, refuse_long
 from paddler.agent.status import Latest
 from paddler.engine.pipe import Advance, Finish
 from paddler.errors import RemoteProtocolError
-from paddler.language.chat_template import MAX_PROMPT_CHARACTERS, Prompt, template_variables
+from paddler.language.chat_template import Prompt, template_variables
 from paddler.language.token_classifier import Markers, TokenClassifier, section_after
 from paddler.messages.agent_socket import Piece, escape_text
 from paddler.messages.inference import ContinueFromRawPrompt, TokenRequest
@@ -168,6 +168,7 @@ class Slots:
             logger.exception("request %d failed", request.number)
             if not request.ended.is_set():
                 self._send([self._end(request, "X", _INTERNAL_ERROR)])
+                self._cancel(request)
         finally:
             if not request.ended.is_set():
                 self._cancel(request)
@@ -215,17 +216,16 @@ class Slots:
         elif serving.chat_template is None:
             return TokenGenerationDisabled(TOKEN_GENERATION_DISABLED_TEXT)
         else:
+            # Packing a text that no template makes shorter would only hold everybody up.
+            refusal = refuse_long(conversation_characters(body))
+            if refusal is not None:
+                return refusal
             variables = template_variables(body) | dict(serving.special_tokens)
             rendered = await self._renderer.render(serving.chat_template, variables)
             if not isinstance(rendered, Prompt):
                 return rendered
             prompt = rendered
-        if len(prompt.text) > MAX_PROMPT_CHARACTERS:
-            return SamplerError(
-                "Request evicted due to KV cache pressure: "
-                f"prompt has {len(prompt.text)} characters, room for {MAX_PROMPT_CHARACTERS}"
-            )
-        return refuse_images(body) or prompt
+        return refuse_long(len(prompt.text)) or refuse_images(body) or prompt
 
     def _generate(self, request: OpenRequest, prompt: Prompt) -> None:
         serving = request.serving

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import trio
 
+from paddler.engine.vitals import Vitals, read_vitals
 from paddler.processes.children import start_module, wait_for
 
 _KILL_GRACE = 5.0
@@ -47,6 +48,10 @@ class EngineChild:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def vitals(self) -> Vitals | None:
+        """Look at it, or return None where that cannot be seen."""
+        return read_vitals(self.pid)
 
     async def wait(self) -> str:
         """Wait for its end and return the cause: the signal or the exit code."""

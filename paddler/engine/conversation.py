@@ -13,7 +13,7 @@ import trio
 from paddler.config import EngineTimeouts
 from paddler.engine.child import EngineChild
 from paddler.engine.pipe import REPORTS, Advance, Command, FrameReader, Log, Report, Turn, pack
-from paddler.engine.vitals import Pulse, read_vitals
+from paddler.engine.vitals import Pulse
 from paddler.errors import EngineDied, EngineHung, RemoteProtocolError
 
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.WARNING}
@@ -21,6 +21,9 @@ _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: loggin
 
 _LOOKS_PER_STANDSTILL = 8
 _TURNS_TO_A_HANG = 20
+_TURNS_REMEMBERED = 64
+"""Long enough for the slow turns of a prompt to be among them, and one stall is soon forgotten."""
+
 _LAST_OUTPUT_GRACE = 1.0
 _MAX_LINE_BYTES = 64 * 1024
 _MAX_LAST_WORDS = 500
@@ -37,16 +40,22 @@ class Conversation:
         self.timeouts = timeouts
         self.loading = True
         self.open_generations: set[int] = set()
+        self._offloaded = False
         self._reader = FrameReader[Report](REPORTS)
         self._received: deque[Report] = deque()
         self._last_words = ""
         self._output_ended = trio.Event()
         self._silence = 0.0
-        self._slowest_turn = 0.0
+        self._turn_times = deque([0.0], maxlen=_TURNS_REMEMBERED)
 
-    def begin_serving(self, open_generations: set[int]) -> None:
-        """From here on the process must work only while this set, which others fill, is not empty."""
+    def begin_serving(self, open_generations: set[int], *, offloaded: bool) -> None:
+        """From here on the process must work only while this set, which others fill, is not empty.
+
+        Where the model is `offloaded` it may do so without CPU time: then only being stopped is standing
+        still, and every other hang is left to the step's deadline.
+        """
         self.loading = False
+        self._offloaded = offloaded
         self.open_generations = open_generations
 
     async def send(self, command: Command) -> None:
@@ -86,7 +95,8 @@ class Conversation:
             if not isinstance(report, Turn):
                 self.out_of_turn(report)
                 continue
-            self._slowest_turn = max(self._slowest_turn, self._silence)
+            if self.open_generations:
+                self._turn_times.append(self._silence)
             self._silence = 0.0
             ended = {advance.generation for advance in report.advances if advance.finish is not None}
             self.open_generations -= ended
@@ -121,10 +131,10 @@ class Conversation:
                 if not self.loading:  # nothing to do: it cannot hang
                     pulse.rest()
                     continue
-            vitals = read_vitals(self.child.pid)
-            pulse.look(vitals, elapsed, must_work=bool(self.open_generations))
+            uses_cpu = bool(self.open_generations) and not self._offloaded
+            pulse.look(self.child.vitals(), elapsed, must_work=uses_cpu)
             self._silence += min(elapsed, 2 * interval)  # as in Pulse: our own standstill is not its
-            patience = max(self.timeouts.step, _TURNS_TO_A_HANG * self._slowest_turn)
+            patience = max(self.timeouts.step, _TURNS_TO_A_HANG * max(self._turn_times))
             silent = not self.loading and self._silence >= patience
             if pulse.standing_still >= self.timeouts.standstill or silent:
                 self.child.kill()

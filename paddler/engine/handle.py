@@ -85,7 +85,7 @@ async def open_engine(
             # No limit: an agent has a handful of open generations, each with at most two commands.
             send_commands, commands = trio.open_memory_channel[Command](math.inf)
             engine = Engine(description, capacity, send_commands)
-            talk.begin_serving(engine.open_generations)
+            talk.begin_serving(engine.open_generations, offloaded=capacity.offloaded)
             tasks.start_soon(talk.write_commands, commands)
             tasks.start_soon(talk.read_turns, on_turn)
             yield engine

@@ -137,10 +137,16 @@ def _choose_layout(
 
 
 def _n_batch(settings: EngineSettings, shape: ModelShape) -> int:
-    """Return the largest decode: a token of every slot must fit, and so must a whole document."""
+    """Return the largest decode: a token of every slot must fit, and so must a whole document.
+
+    llama.cpp tries the graph of embeddings out with the same number of tokens for each sequence, and
+    aborts when these are not a whole batch (GGML_ASSERT(ggml_can_mul_mat), mean pooling, 0.5.0-dev).
+    """
     asked = max(settings.parameters.n_batch, 1)
-    longest = shape.n_ctx_train if settings.parameters.enable_embeddings else _MAX_CHUNK
-    return max(min(asked, longest), settings.slots)
+    slots = settings.slots
+    if settings.parameters.enable_embeddings:
+        return -(-min(asked, max(shape.n_ctx_train, 1)) // slots) * slots
+    return max(min(asked, _MAX_CHUNK), slots)
 
 
 def _cell_bytes(shape: ModelShape, k_dtype: KvCacheDtype, v_dtype: KvCacheDtype) -> int:

@@ -5,8 +5,9 @@ the socket tells the engine to end, however it is closed.
 """
 
 import enum
-from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from types import NoneType
+from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import attrs
 
@@ -16,6 +17,8 @@ from paddler.messages.state import InferenceParameters, KvCacheDtype, PoolingTyp
 from paddler.processes.frames import FrameCutter, pack_frame
 
 M = TypeVar("M")
+
+_MAX_QUOTE = 200
 
 
 # Agent to engine.
@@ -108,6 +111,8 @@ class Capacity:
     """Estimated memory of the KV cache."""
     warm_up_seconds: float
     """Time of the first decode, an upper estimate of a token's."""
+    offloaded: bool = False
+    """A GPU computes: while the process waits for it, it may use no CPU time."""
 
 
 class Finish(enum.StrEnum):
@@ -189,7 +194,7 @@ class FrameReader(Generic[M]):
             name, content = frame
             return self._readers[name](content)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RemoteProtocolError(f"an unknown message: {error!r}") from None
+            raise RemoteProtocolError(f"an unknown message: {repr(error)[:_MAX_QUOTE]}") from None
 
 
 def _read_settings(content: dict[str, Any]) -> EngineSettings:
@@ -213,9 +218,24 @@ def _read_capacity(content: dict[str, Any]) -> Capacity:
     return Capacity(layout=KvLayout(content.pop("layout")), **content)
 
 
-def _read_turn(content: Iterable[Any]) -> Turn:
-    return Turn(
-        tuple(
+_ADVANCE_KINDS = {(int, list, str, finish, str, int, int) for finish in (NoneType, str)}
+_TOKEN_KINDS = {int}
+
+
+def _read_turn(content: Any) -> Turn:
+    """Read the hot path; its checks are those of _checked(), a row at a time."""
+    if type(content) is not list:
+        raise TypeError("a turn is no array")
+    advances = []
+    for row in content:
+        if tuple(map(type, row)) not in _ADVANCE_KINDS:
+            raise TypeError("an advance has other fields")
+        generation, tokens, text, finish, failure, prompt_tokens, cached_prompt_tokens = row
+        if not _TOKEN_KINDS.issuperset(map(type, tokens)):
+            raise TypeError("a token is no integer")
+        if not text.isascii():
+            text.encode()  # an escaped lone surrogate is JSON, but could not be passed on
+        advances.append(
             Advance(
                 generation,
                 tuple(tokens),
@@ -225,9 +245,31 @@ def _read_turn(content: Iterable[Any]) -> Turn:
                 prompt_tokens,
                 cached_prompt_tokens,
             )
-            for generation, tokens, text, finish, failure, prompt_tokens, cached_prompt_tokens in content
         )
-    )
+    return Turn(tuple(advances))
+
+
+def _checked(read: Callable[[Any], Report]) -> Callable[[Any], Report]:
+    """Refuse fields of other types too: a dying engine may write anything, and its agent must live on."""
+
+    def read_checked(content: Any) -> Report:
+        report = read(content)
+        for field in attrs.fields(type(report)):
+            if not _is_of(field.type, getattr(report, field.name)):
+                raise TypeError(f"{field.name} is of another type")
+        return report
+
+    return read_checked
+
+
+def _is_of(form: Any, value: Any) -> bool:
+    parts = get_args(form)
+    if not parts:
+        return type(value) is form
+    if get_origin(form) is dict:
+        key, item = parts
+        return type(value) is dict and all(_is_of(key, k) and _is_of(item, v) for k, v in value.items())
+    return any(_is_of(part, value) for part in parts)
 
 
 def _read_plain(form: Callable[..., M]) -> Callable[[Any], M]:
@@ -241,11 +283,11 @@ COMMANDS: dict[str, Callable[[Any], Command]] = {
     "Cancel": _read_plain(Cancel),
 }
 REPORTS: dict[str, Callable[[Any], Report]] = {
-    "Progress": _read_plain(Progress),
-    "ModelRefused": _read_plain(ModelRefused),
-    "ModelDescription": _read_description,
-    "ContextRefused": _read_plain(ContextRefused),
-    "Capacity": _read_capacity,
+    "Progress": _checked(_read_plain(Progress)),
+    "ModelRefused": _checked(_read_plain(ModelRefused)),
+    "ModelDescription": _checked(_read_description),
+    "ContextRefused": _checked(_read_plain(ContextRefused)),
+    "Capacity": _checked(_read_capacity),
     "Turn": _read_turn,
-    "Log": _read_plain(Log),
+    "Log": _checked(_read_plain(Log)),
 }

@@ -21,7 +21,7 @@ Ids = npt.NDArray[np.int32]
 
 
 class Decoder(Protocol):
-    """What a turn needs of llama.Context."""
+    """What a turn needs of context.Context."""
 
     @property
     def room(self) -> int: ...
@@ -35,6 +35,7 @@ class PromptReader(Protocol):
     """Turns text into tokens, at once or, when it is long, in its own time."""
 
     def read(self, generation: int, text: str) -> Ids | None: ...
+    def forget(self, generation: int) -> None: ...
     def finished(self) -> Iterable[tuple[int, Ids]]: ...
 
 
@@ -86,7 +87,7 @@ class Turns:
             self._tell(sequence, text=sequence.flush_text())
 
     def run(self) -> tuple[Advance, ...]:
-        """Do one turn. Raises llama.DecodeFailed, after which the context is of no use."""
+        """Do one turn. Raises context.DecodeFailed, after which the context is of no use."""
         self._admit()
         self._decode()
         self._ingest()
@@ -185,6 +186,7 @@ class Turns:
     def _let_go(self, sequence: Sequence) -> None:
         self._scheduler.release(sequence)
         self._texts.pop(sequence.generation, None)
+        self._prompts.forget(sequence.generation)
         self._samplers.pop(sequence.generation, None)
         if sequence.slot is not None:
             self._context.clear(sequence.slot)  # in a shared pool its cells are others' room

@@ -1,8 +1,9 @@
 """Is a process at work, waiting for its turn, or standing still?
 
-CPU time counts in ticks of 10 ms, which a decoding engine always advances. A process without CPU time
-that waits for a processor is starved by others, and one that waits for a disk reads weights that the
-host dropped from its memory: neither is hung. One that sleeps otherwise, or was stopped, is.
+CPU time counts in ticks of 10 ms, which an engine that decodes on the CPU always advances. A process
+without CPU time that waits for a processor is starved by others, and one that waits for a disk reads
+weights that the host dropped from its memory: neither stands still. One that sleeps otherwise, or was
+stopped, does. A process that waits for ever is ended by `EngineTimeouts.step`, not by this rule.
 """
 
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from pathlib import Path
 import attrs
 
 _AT_WORK = frozenset("RD")
-"""Runs or could run; reads from a disk."""
+"""Runs or could run; reads from a disk, for which `EngineTimeouts.step` is the only bound."""
 
 _STOPPED = "Tt"
 _UTIME, _STIME = 11, 12  # counted from the state, field 3 of proc_pid_stat(5)
@@ -41,7 +42,7 @@ class Pulse:
         self.standing_still = 0.0
 
     def look(self, vitals: Vitals | None, elapsed: float, *, must_work: bool) -> None:
-        """Take the next look; unless the process must work, only being stopped is standing still."""
+        """Take the next look; unless the process must use CPU time, only being stopped is standing still."""
         if vitals is None:
             still = False
         elif vitals.stopped:

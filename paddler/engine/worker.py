@@ -1,8 +1,7 @@
 """What the engine process does: load, then turn after turn until the parent closes the socket.
 
 A plain loop: commands are looked for between turns (poll(0), a microsecond), and waited for when there
-is nothing to do. Other threads only tokenise long prompts, which takes half a millisecond per kilobyte
-and would stall every slot.
+is nothing to do. Other threads only tokenise long prompts (prompts.py).
 """
 
 import os
@@ -12,13 +11,12 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NoReturn
 
 from paddler.engine import llama, memory
+from paddler.engine.context import Context
 from paddler.engine.layout import ContextPlan, Refused, check_weights, plan_context
 from paddler.engine.pipe import (
     COMMANDS,
@@ -37,14 +35,12 @@ from paddler.engine.pipe import (
     Turn,
     pack,
 )
+from paddler.engine.prompts import Prompts
 from paddler.engine.scheduler import TurnBudget
 from paddler.engine.turns import Turns
 from paddler.messages.state import InferenceParameters
 
 _READ_BYTES = 1 << 20
-
-_INLINE_CHARACTERS = 4 * 1024
-"""Texts up to this length are tokenised between turns: about 2 ms, also when every slot gets one at once."""
 
 _SIGN_OF_LIFE_MS = 1000
 """How often an engine that only tokenises says that it works."""
@@ -108,37 +104,6 @@ class ParentLink:
             return b""
 
 
-class Prompts:
-    """Tokenise prompts, long ones each in a thread."""
-
-    def __init__(self, model: llama.Model, link: ParentLink) -> None:
-        self._model = model
-        self._finished: SimpleQueue[tuple[int, llama.Ids | None]] = SimpleQueue()
-        awake, self._wake = os.pipe()
-        link.wake_on(awake)
-
-    def read(self, generation: int, text: str) -> llama.Ids | None:
-        """Return the tokens, or None and later the tokens among the finished."""
-        if len(text) <= _INLINE_CHARACTERS:
-            return llama.tokenize(self._model, text)
-        threading.Thread(target=self._read_aside, args=(generation, text), daemon=True).start()
-        return None
-
-    def finished(self) -> Iterator[tuple[int, llama.Ids]]:
-        while not self._finished.empty():
-            generation, tokens = self._finished.get()
-            assert tokens is not None, "a prompt could not be tokenised, see above"
-            yield generation, tokens
-
-    def _read_aside(self, generation: int, text: str) -> None:
-        tokens = None
-        try:
-            tokens = llama.tokenize(self._model, text)
-        finally:
-            self._finished.put((generation, tokens))
-            os.write(self._wake, b".")
-
-
 def run(connection: socket.socket) -> NoReturn:
     """Serve until the parent closes the socket, which raises ParentGone."""
     link = ParentLink(connection)
@@ -158,7 +123,7 @@ def run(connection: socket.socket) -> NoReturn:
         plan = plan_context(
             settings, llama.shape_of(model, description.metadata), host_memory_bytes=host_memory
         )
-        context = llama.Context(model, plan, settings, log=log)
+        context = Context(model, plan, settings, log=log)
     except Refused as refusal:
         link.send(ContextRefused(str(refusal)))
         _wait_for_the_end(link)
@@ -209,7 +174,7 @@ def _parts(path: Path) -> list[Path]:
 def _serve(
     link: ParentLink,
     model: llama.Model,
-    context: llama.Context,
+    context: Context,
     plan: ContextPlan,
     parameters: InferenceParameters,
 ) -> NoReturn:
@@ -217,13 +182,15 @@ def _serve(
     if not context.warm_up():
         link.send(Log(llama.WARNING, "the warm-up decode failed"))
     warm_up_seconds = time.perf_counter() - began
+    awake, wake = os.pipe()
+    link.wake_on(awake)
     turns = Turns(
         context,
         slots=plan.slots,
         parameters=parameters,
         pieces=model.pieces,
         end_tokens=model.end_tokens,
-        prompts=Prompts(model, link),
+        prompts=Prompts(partial(llama.tokenize, model), wake=partial(os.write, wake, b".")),
         budget=TurnBudget(n_batch=plan.n_batch, seconds_per_token=warm_up_seconds),
     )
     link.send(
@@ -234,6 +201,7 @@ def _serve(
             cells_per_slot=context.room,
             context_bytes=plan.context_bytes,
             warm_up_seconds=warm_up_seconds,
+            offloaded=model.offloaded,
         )
     )
     while True:

@@ -18,13 +18,15 @@ from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol, H11WSConnection
 from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WSStream
 from hypercorn.trio.task_group import TaskGroup
-from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 from wsproto.connection import ConnectionState as WebSocketState
 from wsproto.events import CloseConnection, Message, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
+
+from paddler.http.reading import Reader
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,12 @@ FAREWELL_TIMEOUT: Final = 1.0
 LINGER: Final = 1.0
 """How long a connection that we close is still read: data that arrives at a closed socket resets
 it, and the reset may overtake our last words."""
+
+SHUTDOWN_LINGER: Final = 0.2
+"""The same while the daemon stops, which has to be done within a second."""
+
+LAST_MESSAGES_TIMEOUT: Final = 1.0
+"""How long the app may take to accept what a WebSocket's peer said before it left."""
 
 _OFFERS: Final = frozenset({b"sec-websocket-extensions", b"sec-websocket-protocol"})
 """Headers of an upgrade that hypercorn must not see: it would agree to compression without a bound,
@@ -77,13 +85,16 @@ class Connection(TCPServer):
 
     Differs from hypercorn 0.18.0 in this: no exception leaves `run`; writes can be cancelled, and a
     write cut in the middle closes the socket; what hypercorn does after the last byte survives the
-    cancellation of the request; a connection that we end is read a little longer. Apps find this
-    object as `scope["state"]["connection"]`.
+    cancellation of the request; a connection that we end is read a little longer; a client that
+    leaves is noticed also when it sent more than one request. Apps find this object as
+    `scope["state"]["connection"]`.
     """
 
     stream: trio.SocketStream  # type: ignore[assignment]  # upstream knows TLS, we do not
 
     async def run(self) -> None:
+        self._reader = Reader(self.stream, self._handle_data, patience=self._patience)
+        self._ending = False
         try:
             await self._serve()
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as gone:
@@ -98,8 +109,6 @@ class Connection(TCPServer):
         client = parse_socket_addr(socket.family, socket.getpeername())
         server = parse_socket_addr(socket.family, socket.getsockname())
         state = ConnectionState({**self.state, "connection": self})
-        self._reading = trio.CancelScope()
-        self._ending = False
         async with TaskGroup() as tasks:
             self._task_group = tasks
             self.protocol: Http1 = Http1(  # type: ignore[assignment]  # upstream's wrapper only adds HTTP/2
@@ -114,22 +123,20 @@ class Connection(TCPServer):
                 self.protocol_send,
             )
             await self.idle_task.restart(tasks, self._idle_timeout)
-            with self._reading:
-                await self._read_data()
+            await self._reader.run()
             self._ending = True
             await self.protocol.handle(Closed())
             await self.idle_task.stop()  # upstream would keep a gone peer until keep_alive_timeout
+            # Whoever still works for this client has been told; the rest is tidying up.
+            assert tasks._nursery is not None
+            tasks._nursery.cancel_scope.deadline = trio.current_time() + FAREWELL_TIMEOUT
 
-    async def _read_data(self) -> None:
-        while True:
-            try:
-                data = await self.stream.receive_some(MAX_RECV)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                break
-            if not self._ending:
-                await self.protocol.handle(RawData(bytes(data)))
-            if not data:
-                break
+    async def _handle_data(self, data: bytes) -> None:
+        await self.protocol.handle(RawData(data))
+
+    def _patience(self) -> float:
+        # The last words of a WebSocket count; of a request, whose client waits for no answer, none do.
+        return LAST_MESSAGES_TIMEOUT if isinstance(self.protocol.stream, WebSocket) else 0
 
     async def protocol_send(self, event: Event) -> None:
         match event:
@@ -155,7 +162,9 @@ class Connection(TCPServer):
         try:
             # After our goodbye this raises ClosedResourceError, as for any other end.
             await self.stream.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except trio.BrokenResourceError:
+            self.abort()
+        except trio.ClosedResourceError:
             pass
         except trio.Cancelled:
             self.abort()  # half of the data may be out, so nothing may follow
@@ -170,7 +179,7 @@ class Connection(TCPServer):
     async def _say_goodbye(self) -> None:
         """End our direction and let the reader wait, not too long, for the peer to end its own."""
         self._ending = True
-        self._reading.deadline = min(self._reading.deadline, trio.current_time() + LINGER)
+        self._reader.drop_rest(within=SHUTDOWN_LINGER if self.context.terminated.is_set() else LINGER)
         try:
             async with self.send_lock:
                 await self.stream.send_eof()
@@ -180,11 +189,12 @@ class Connection(TCPServer):
     async def _idle_timeout(self) -> None:
         with trio.move_on_after(self.config.keep_alive_timeout):
             await self.context.terminated.wait()
-        self.abort()  # ends the reader, and it the rest
+        self.abort()
 
     def abort(self) -> None:
-        """Close the socket at once; every task that uses it learns so. Plain call."""
+        """Close the socket and end the reader at once; every task that uses them learns so. Plain call."""
         self.stream.socket.close()
+        self._reader.cancel()  # it may be waiting for something else than the socket
 
     async def send_texts(self, texts: list[str]) -> None:
         """Send WebSocket text messages, all in one write. Raises ClosedResourceError when that is over.
@@ -218,7 +228,14 @@ class Http1(H11Protocol):
                 pass  # the app's own response has begun
             await self.send(Closed())
 
+    async def _close_stream(self) -> None:
+        # The app must hear that its client left, also when the task that says so is cancelled for that.
+        with _farewell():
+            await super()._close_stream()
+
     async def _check_protocol(self, event: h11.Request) -> None:
+        # A client that left while this request waited behind another one must not have it started.
+        await trio.lowlevel.checkpoint_if_cancelled()
         # In place of upstream's switches to HTTP/2.
         if event.method == b"PRI":
             raise h11.RemoteProtocolError("HTTP/2 is not served here")

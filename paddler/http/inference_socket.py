@@ -30,6 +30,7 @@ from paddler.messages.tokens import (
     StreamError,
     Terminal,
     TokenGenerationDisabled,
+    error_envelope,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ OUTBOX_BYTES: Final = 1024 * 1024
 
 OUTBOX_BYTES_PER_REQUEST: Final = 64 * 1024
 """… and how much more for each request that runs on it."""
+
+MAX_ID_LENGTH: Final = 4096
+"""In characters. The id comes back with every token: a long one would fill the outbox by itself."""
 
 FAREWELL_TIMEOUT: Final = 0.7
 """How long the last messages and the close frame may take at shutdown; within the surface's grace."""
@@ -96,10 +100,14 @@ async def _write_forever(outbox: "Outbox", connection: Connection) -> None:
 
 
 class Outbox:
-    """Messages on their way to one client, limited in bytes."""
+    """Messages on their way to one client, limited in bytes.
+
+    A limit that falls takes effect only as bytes leave: several requests may end within one tick,
+    and what they left unread was within bounds when it was put.
+    """
 
     def __init__(self, *, on_overflow: Callable[[], None]) -> None:
-        self.limit_bytes = OUTBOX_BYTES
+        self._limit_bytes = self._next_limit_bytes = OUTBOX_BYTES
         self._on_overflow = on_overflow
         self._messages: list[str] = []
         self._unsent = 0
@@ -107,13 +115,18 @@ class Outbox:
         self._filled = trio.Event()
         self._emptied = trio.Event()
 
+    def set_limit(self, limit_bytes: int) -> None:
+        """Raise the limit at once, or lower it byte by byte with what leaves."""
+        self._next_limit_bytes = limit_bytes
+        self._lower_limit(0)
+
     def put(self, message: str) -> None:
         """Queue a message. A plain call; over the limit, the socket is ended instead."""
         if self._overflowed:
             return
         self._messages.append(message)
         self._unsent += len(message)
-        if self._unsent > self.limit_bytes:
+        if self._unsent > self._limit_bytes:
             self._overflowed = True
             log.info("an inference socket ends: its client reads too slowly")
             self._messages.clear()
@@ -127,7 +140,9 @@ class Outbox:
             self._filled = trio.Event()
             messages, self._messages = self._messages, []
             await send(messages)
-            self._unsent -= sum(map(len, messages))
+            sent = sum(map(len, messages))
+            self._unsent -= sent
+            self._lower_limit(sent)
             if not self._unsent:
                 self._emptied.set()
                 self._emptied = trio.Event()
@@ -135,6 +150,10 @@ class Outbox:
     async def wait_until_sent(self) -> None:
         while self._unsent:
             await self._emptied.wait()
+
+    def _lower_limit(self, sent: int) -> None:
+        left = self._limit_bytes - sent if self._unsent else 0
+        self._limit_bytes = max(self._next_limit_bytes, left)
 
 
 class SocketClient:
@@ -166,7 +185,9 @@ class SocketClient:
                 if reply is not None:
                     reply.cancel()
             case Error(request_id=request_id, error=reported):
-                log.info("a client reports for %r: %d %s", request_id, reported.code, reported.description)
+                log.info(
+                    "a client reports for %.100r: %d %.200r", request_id, reported.code, reported.description
+                )
 
     def end_requests(self, error: StreamError) -> None:
         """End every request, running or still to come, with this error."""
@@ -186,6 +207,14 @@ class SocketClient:
         self._outbox.put(wire.encode({"Notification": (disabled if embeddings else enabled).value}))
 
     def _start(self, request_id: str, frame: Request) -> None:
+        if len(request_id) > MAX_ID_LENGTH:
+            too_long = StreamError(400, f"Request id is longer than {MAX_ID_LENGTH} characters")
+            message = wire.encode(error_envelope(request_id=request_id, error=too_long))
+            if len(message) < OUTBOX_BYTES:
+                self._outbox.put(message)
+            else:
+                log.info("ignored a request: its id is too long even for an answer")
+            return
         envelope = Envelope(request_id)
         if request_id in self._running:
             description = f'Request id "{request_id}" is already in flight on this connection'
@@ -213,7 +242,7 @@ class SocketClient:
         self._limit_outbox()
 
     def _limit_outbox(self) -> None:
-        self._outbox.limit_bytes = OUTBOX_BYTES + OUTBOX_BYTES_PER_REQUEST * len(self._running)
+        self._outbox.set_limit(OUTBOX_BYTES + OUTBOX_BYTES_PER_REQUEST * len(self._running))
 
 
 class SocketReply:

@@ -98,6 +98,9 @@ def make_management_app(
 
     @app.websocket("/api/v1/agent_socket/<agent_id>")
     async def agent_socket(agent_id: str) -> None:
+        if "Origin" in websocket.headers:
+            # Browsers send one always, and ask nobody before they open a WebSocket; agents send none.
+            raise Refusal(403, "Web pages cannot be agents")
         await websocket.accept()
         connection: Connection = websocket.scope["state"]["connection"]
 

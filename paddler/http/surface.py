@@ -3,19 +3,21 @@
 A surface stops accepting when `stopping` is set, and serves what it has until its block is left.
 """
 
+import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import attrs
 import trio
-from quart import Response, request
+from quart import Response, has_request_context, request, websocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import WebsocketMismatch
 
 from paddler.config import MAX_JSON_BODY_BYTES, Address
 from paddler.errors import (
@@ -39,6 +41,10 @@ T = TypeVar("T")
 BACKLOG: Final = 2048
 """A backlog of 100 delays a burst of a thousand connects by a second."""
 
+BODY_TIMEOUT: Final = 60.0
+"""A request's body has to be complete this long after the app asked for it; else 408. The deadline
+of the head is KEEP_ALIVE_TIMEOUT."""
+
 GRACEFUL_TIMEOUT: Final = 1.0
 """What is still unsent this long after a surface was told to end is cut."""
 
@@ -47,6 +53,14 @@ USER_TIMEOUT_MS: Final = 10_000
 
 _KEEP_ALIVE_PROBES: Final = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """Seconds, seconds, number: a silent peer behind a dead path is noticed within half a minute."""
+
+ACCEPT_RETRY: Final = 0.1
+"""How long to wait for a descriptor to come free; the clients wait in the backlog meanwhile."""
+
+SHORTAGE_MEMORY: Final = 5.0
+"""A shortage is over when nothing failed for so long: one that comes and goes is one shortage."""
+
+_SHORTAGES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _ERRORS: Final[dict[type[PaddlerError], tuple[int, bool]]] = {
     NoSuchAgent: (404, False),
@@ -71,6 +85,8 @@ def text_response(status: int, text: str = "") -> Response:
     response = Response(text, status=status, content_type="text/plain; charset=utf-8")
     if not text:
         del response.headers["Content-Type"]
+    if status == 204:
+        del response.headers["Content-Length"]  # RFC 9110, 8.6: must not be there, although Quart sets it
     return response
 
 
@@ -111,10 +127,13 @@ class SurfaceApp(QuartTrio):
     logger = log  # Quart's own starts a thread when no handler is configured
 
 
-def make_app(name: str, *, cors_allowed_hosts: tuple[str, ...]) -> SurfaceApp:
+def make_app(
+    name: str, *, cors_allowed_hosts: tuple[str, ...], body_timeout: float = BODY_TIMEOUT
+) -> SurfaceApp:
     """Return an app with what all surfaces share: /health, CORS, limits, the error table."""
     app = SurfaceApp(name, static_folder=None, template_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_JSON_BODY_BYTES
+    app.config["BODY_TIMEOUT"] = body_timeout
     app.config["RESPONSE_TIMEOUT"] = None  # streams have deadlines of their own
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False  # an unknown path is 404, never a redirect
@@ -124,13 +143,18 @@ def make_app(name: str, *, cors_allowed_hosts: tuple[str, ...]) -> SurfaceApp:
     async def answer_preflight() -> Response | None:
         if not cors.is_preflight(request.method, request.headers):
             # The router knows HEAD wherever it knows GET; the API does not.
-            return text_response(404) if request.method == "HEAD" else None
+            unknown = request.method == "HEAD" or _is_no_path(request.scope["path"])
+            return text_response(404) if unknown else None
         objection = cors.objection(request.headers)
         if objection is not None:
             return text_response(400, objection)
         response = text_response(200)
         response.headers.update(cors.grant(request.headers["Origin"]))
         return response
+
+    @app.before_websocket
+    async def refuse_unknown_socket() -> Response | None:
+        return text_response(404) if _is_no_path(websocket.scope["path"]) else None
 
     @app.after_request
     async def add_cors_headers(response: Response) -> Response:
@@ -150,11 +174,19 @@ def make_app(name: str, *, cors_allowed_hosts: tuple[str, ...]) -> SurfaceApp:
                 return text_response(status, str(error) if has_text else "")
         raise error
 
+    @app.errorhandler(WebsocketMismatch)
+    async def answer_mismatch(_: WebsocketMismatch) -> Response:
+        if has_request_context():
+            return text_response(400, "This path is served over WebSocket only")
+        return text_response(400, "This path is not served over WebSocket")
+
     @app.errorhandler(HTTPException)
     async def answer_http_error(error: HTTPException) -> Response:
         match error.code:
             case 404 | 405:  # routes are matched on path and method together
                 return text_response(404)
+            case 408:
+                return text_response(408, f"The body was not complete within {body_timeout:g} s")
             case 413:
                 return text_response(413, f"The JSON body is larger than {MAX_JSON_BODY_BYTES} bytes")
             case code:
@@ -165,6 +197,11 @@ def make_app(name: str, *, cors_allowed_hosts: tuple[str, ...]) -> SurfaceApp:
         return text_response(200, "OK")
 
     return app
+
+
+def _is_no_path(path: str) -> bool:
+    """Tell whether werkzeug (3.1) would take this path, or whole URL, for one with fewer slashes in front."""
+    return (path if path.startswith("/") else urlsplit(path).path).startswith("//")
 
 
 @attrs.frozen
@@ -209,12 +246,39 @@ async def _accept_until(
     stopping: trio.Event, server: Server, listener: trio.SocketListener, connections: trio.Nursery
 ) -> None:
     """Accept connections until `stopping`. The listener is closed when this ends."""
-    accept = partial(trio.serve_listeners, server.serve_stream, [listener], handler_nursery=connections)
     async with listener, trio.open_nursery() as accepting:
-        accepting.start_soon(accept)
+        accepting.start_soon(accept_forever, listener, server.serve_stream, connections)
         await stopping.wait()
         accepting.cancel_scope.cancel()
     await server.end_keep_alive()
+
+
+async def accept_forever(
+    listener: trio.abc.Listener[trio.SocketStream],
+    serve: Callable[[trio.SocketStream], Awaitable[None]],
+    connections: trio.Nursery,
+) -> None:
+    """Start a task of `connections` for each stream; `serve` closes it.
+
+    In place of trio.serve_listeners, which logs a traceback ten times a second while descriptors are
+    short (trio 0.35).
+    """
+    last_failure: float | None = None
+    while True:
+        try:
+            stream = await listener.accept()
+        except OSError as error:
+            if error.errno not in _SHORTAGES:
+                raise
+            if last_failure is None:
+                log.warning("new connections have to wait: %s", os.strerror(error.errno))
+            last_failure = trio.current_time()
+            await trio.sleep(ACCEPT_RETRY)
+            continue
+        if last_failure is not None and trio.current_time() - last_failure > SHORTAGE_MEMORY:
+            last_failure = None
+            log.warning("new connections are accepted again")
+        connections.start_soon(serve, stream)
 
 
 def _listen(name: str, address: Address) -> socket.socket:

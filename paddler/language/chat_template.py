@@ -60,13 +60,18 @@ def template_variables(request: ContinueFromConversationHistory) -> dict[str, An
 
 
 class PromptTemplate:
-    """A compiled chat template. Raises TemplateFailed when it does not compile."""
+    """A compiled chat template. Raises TemplateFailed when it does not compile.
+
+    MemoryError passes, here as in `render`: the limit is the caller's.
+    """
 
     def __init__(self, source: str) -> None:
         try:
             self._template = _ENVIRONMENT.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateFailed(f"syntax error in line {error.lineno}: {error.message}") from None
+        except MemoryError:
+            raise
         except Exception as error:  # Python's own compiler meets what jinja2 made of the template
             raise TemplateFailed(f"{type(error).__name__}: {error}") from None
 

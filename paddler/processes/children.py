@@ -48,6 +48,15 @@ async def wait_for(process: "subprocess.Popen[bytes]") -> str:
     return cause_of(returncode)
 
 
+def is_running(process: "subprocess.Popen[bytes]") -> bool:
+    """Tell whether a child has neither ended nor been stopped (SIGSTOP), which only Linux tells."""
+    if process.poll() is not None:
+        return False
+    if sys.platform != "linux":
+        return True
+    return os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def cause_of(returncode: int) -> str:
     """Say in words what a return code of Popen means."""
     if returncode >= 0:

@@ -12,6 +12,7 @@ from workload import PARAMETERS, prompt_of
 
 from paddler.config import KvLayout
 from paddler.engine import llama
+from paddler.engine.context import Context
 from paddler.engine.layout import plan_context
 from paddler.engine.memory import host_memory_bytes
 from paddler.engine.pipe import EngineSettings, Generate
@@ -28,6 +29,9 @@ class InlinePrompts:
     def read(self, _generation: int, text: str) -> llama.Ids:
         return llama.tokenize(self._model, text)
 
+    def forget(self, _generation: int) -> None:
+        """Do nothing: no prompt waits here."""
+
     def finished(self) -> list[tuple[int, llama.Ids]]:
         return []
 
@@ -41,7 +45,7 @@ def open_turns(path: str, *, slots: int) -> Turns:
     model = llama.load_model(path, n_gpu_layers=0, on_progress=lambda _: True, log=log)
     shape = llama.shape_of(model, llama.describe(model).metadata)
     plan = plan_context(settings, shape, host_memory_bytes=host_memory_bytes())
-    context = llama.Context(model, plan, settings, log=log)
+    context = Context(model, plan, settings, log=log)
     context.warm_up()
     return Turns(
         context,

@@ -104,6 +104,24 @@ def running_system(model: Path, *, slots: int) -> Iterator[int]:
         yield inference
 
 
+@contextlib.contextmanager
+def running_bare_loop(model: Path, *, slots: int) -> Iterator[subprocess.Popen[str]]:
+    """Run bare_loop.py, ready for its first round."""
+    command = (sys.executable, str(HERE / "bare_loop.py"), str(model), f"--slots={slots}")
+    with running(*command, environment=os.environ | {"GOMP_SPINCOUNT": "500"}) as bare:
+        assert bare.stdout is not None
+        assert bare.stdout.readline() == "ready\n"
+        yield bare
+
+
+def seconds_in_the_bare_loop(bare: subprocess.Popen[str], *, streams: int, tokens: int) -> float:
+    assert bare.stdin is not None
+    assert bare.stdout is not None
+    bare.stdin.write(f"{streams} {tokens}\n")
+    bare.stdin.flush()
+    return float(bare.stdout.readline())
+
+
 def seconds_through_the_system(port: int, *, streams: int, tokens: int) -> float:
     """Post `streams` requests at once and read them to their end with as little work as possible."""
     began = time.perf_counter()
@@ -136,6 +154,22 @@ def seconds_through_the_system(port: int, *, streams: int, tokens: int) -> float
     return seconds
 
 
+def compare(bare: subprocess.Popen[str], port: int, *, streams: int, tokens: int, rounds: int) -> str:
+    """Run rounds of the two in turn and return a line of the table."""
+    bare_rates, system_rates = [], []
+    for round_number in range(-1, rounds):
+        alone = seconds_in_the_bare_loop(bare, streams=streams, tokens=tokens)
+        whole = seconds_through_the_system(port, streams=streams, tokens=tokens)
+        if round_number >= 0:  # the first is a warm-up
+            bare_rates.append(streams * tokens / alone)
+            system_rates.append(streams * tokens / whole)
+    ratios = [system / alone for system, alone in zip(system_rates, bare_rates, strict=True)]
+    return (
+        f"| {streams} | {statistics.median(bare_rates):,.0f} | {statistics.median(system_rates):,.0f}"
+        f" | {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a GGUF file; made with random weights when not given")
@@ -150,35 +184,14 @@ def main() -> None:
             model = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "bench.gguf"
             parameters = write_model(model)
             print(f"model: {parameters / 1e6:.1f} million random parameters, Q8_0")
-        bare = stack.enter_context(
-            running(
-                sys.executable, str(HERE / "bare_loop.py"), str(model), f"--slots={slots}",
-                environment=os.environ | {"GOMP_SPINCOUNT": "500"},
-            )
-        )  # fmt: skip
-        assert bare.stdin is not None
-        assert bare.stdout is not None
-        assert bare.stdout.readline() == "ready\n"
+        bare = stack.enter_context(running_bare_loop(model, slots=slots))
         port = stack.enter_context(running_system(model, slots=slots))
         print(f"{arguments.rounds} rounds of {arguments.tokens} tokens, one engine thread, {slots} slots\n")
         print("| streams | bare loop, tokens/s | whole system, tokens/s | ratio | lowest to highest |")
         print("|---|---|---|---|---|")
         for streams in arguments.streams:
-            bare_rates, system_rates = [], []
-            for round_number in range(-1, arguments.rounds):
-                bare.stdin.write(f"{streams} {arguments.tokens}\n")
-                bare.stdin.flush()
-                alone = float(bare.stdout.readline())
-                whole = seconds_through_the_system(port, streams=streams, tokens=arguments.tokens)
-                if round_number >= 0:  # the first is a warm-up
-                    bare_rates.append(streams * arguments.tokens / alone)
-                    system_rates.append(streams * arguments.tokens / whole)
-            ratios = [system / alone for system, alone in zip(system_rates, bare_rates, strict=True)]
-            print(
-                f"| {streams} | {statistics.median(bare_rates):,.0f} | {statistics.median(system_rates):,.0f}"
-                f" | {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} |",
-                flush=True,
-            )
+            line = compare(bare, port, streams=streams, tokens=arguments.tokens, rounds=arguments.rounds)
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Renders templates where it is called, on the Trio clock: a stand-in for the preparation processes."""
 
+from collections import deque
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +15,8 @@ from paddler.messages.tokens import ChatTemplateError
 class LocalRenderer:
     delay: float = 0.0
     rendered: list[dict[str, Any]] = attrs.Factory(list)
+    failures: deque[Exception] = attrs.Factory(deque)
+    """Raised, one each, by the next checks of a template."""
 
     async def render(self, template: str, variables: dict[str, Any]) -> Prompt | ChatTemplateError:
         await trio.sleep(self.delay)
@@ -25,6 +28,8 @@ class LocalRenderer:
 
     async def compile_error(self, template: str) -> str | None:
         await trio.sleep(self.delay)
+        if self.failures:
+            raise self.failures.popleft()
         try:
             PromptTemplate(template)
         except TemplateFailed as error:

@@ -1,6 +1,5 @@
 """The WebSocket itself, against real servers on the loopback device."""
 
-import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -123,24 +122,53 @@ async def test_text_goes_both_ways_and_the_path_names_the_agent() -> None:
     assert sessions.count == 1
 
 
+class ClosingBalancer:
+    """Welcomes each agent and closes the link after `life` seconds; notes when links came and went."""
+
+    def __init__(self, *, life: float) -> None:
+        self.life = life
+        self.came: list[float] = []
+        self.went: list[float] = []
+
+    async def serve(self, request: WebSocketRequest) -> None:
+        websocket = await request.accept()
+        self.came.append(trio.current_time())
+        await trio.sleep(self.life)
+        self.went.append(trio.current_time())
+        await websocket.aclose(1001)
+
+    async def meet_an_agent(self, *, duration: float) -> list[float]:
+        """Return how long each link was away."""
+        async with web_socket_server(self.serve) as port, trio.open_nursery() as agent:
+            agent.start_soon(connect(Sessions(), port))
+            await trio.sleep(duration)
+            agent.cancel_scope.cancel()
+        return [came - went for went, came in zip(self.went, self.came[1:], strict=False)]
+
+
 async def test_a_lost_link_comes_back_within_two_seconds_each_time(
     patient_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    connected: list[float] = []
+    caplog.set_level(logging.INFO, "paddler")
+    away = await ClosingBalancer(life=3.0).meet_an_agent(duration=16)
+    assert len(away) >= 4
+    assert max(away) <= 0.2
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    assert len(caplog.records) > 3  # each time is news
+    assert caplog.messages[0].startswith("link to the balancer at localhost:")
+    assert caplog.messages[0].endswith(" ended: the connection was closed; reconnecting")
 
-    async def balancer(request: WebSocketRequest) -> None:
-        websocket = await request.accept()
-        connected.append(trio.current_time())
-        await websocket.aclose(1001)
 
-    sessions = Sessions()
-    async with web_socket_server(balancer) as port, trio.open_nursery() as agent:
-        agent.start_soon(connect(sessions, port))
-        await trio.sleep(1)
-        agent.cancel_scope.cancel()
-    gaps = [later - earlier for earlier, later in itertools.pairwise(connected)]
-    assert len(gaps) > 3
-    assert max(gaps) <= 0.2
+async def test_a_balancer_that_closes_every_link_at_once_is_tried_less_and_less_often(
+    patient_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "paddler")
+    away = await ClosingBalancer(life=0.0).meet_an_agent(duration=20)
+    assert away[0] <= 0.2
+    assert 10 <= len(away) <= 20
+    assert 1.0 <= max(away) <= 2.1
+    assert min(away[5:]) >= 1.0
+    assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
 @pytest.mark.scenario("SH-13")

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from paddler.agent import preparation
-from paddler.agent.preparation import Preparation, open_preparation
+from paddler.agent.preparation import Preparation, PreparationFailed, open_preparation
 from paddler.language.chat_template import Prompt
 from paddler.messages.tokens import ChatTemplateError
 
@@ -76,12 +76,59 @@ async def test_an_endless_template_fails_its_request_and_delays_others_little() 
 
 
 async def test_all_workers_stuck_serve_again_after_the_deadline() -> None:
-    async with open_preparation(timeout=1) as service, trio.open_nursery() as jobs:
+    async with open_preparation(timeout=2) as service, trio.open_nursery() as jobs:
         for _ in range(preparation.MAX_WORKERS):
             jobs.start_soon(service.render, ENDLESS, VARIABLES)
-        await trio.sleep(0.6)
+        await trio.sleep(1)
         assert len(children()) >= preparation.MAX_WORKERS
         await assert_still_works(service)
+
+
+async def test_a_deadline_covers_the_wait_for_a_worker() -> None:
+    answers: list[Prompt | ChatTemplateError] = []
+
+    async def render(service: Preparation) -> None:
+        answers.append(await service.render(ENDLESS, VARIABLES))
+
+    async with open_preparation(timeout=1) as service:
+        began = trio.current_time()
+        async with trio.open_nursery() as jobs:
+            for _ in range(3 * preparation.MAX_WORKERS):
+                jobs.start_soon(render, service)
+        assert trio.current_time() - began < 1.8
+        assert len(answers) == 3 * preparation.MAX_WORKERS
+        assert all(isinstance(answer, ChatTemplateError) for answer in answers)
+
+
+async def test_a_job_waits_for_busy_workers_when_no_further_one_can_be_started() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with open_preparation(timeout=10) as service, trio.open_nursery() as jobs:
+        await assert_still_works(service)
+        jobs.start_soon(
+            service.render,
+            "{% for a in range(99999) %}{% for b in range(99) %}{% endfor %}{% endfor %}",
+            VARIABLES,
+        )
+        await trio.sleep(0.02)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            rendered = await service.render(TEMPLATE, VARIABLES)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert rendered == Prompt("Hello|", "|")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of it")
+async def test_an_idle_process_that_was_stopped_is_replaced() -> None:
+    before = children()
+    async with open_preparation(timeout=10) as service:
+        await assert_still_works(service)
+        [worker] = children() - before
+        os.kill(worker, signal.SIGSTOP)
+        await trio.sleep(0.1)
+        with trio.fail_after(5):
+            await assert_still_works(service)
+    assert children() == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory limit is Linux's")
@@ -120,11 +167,12 @@ async def test_a_process_that_cannot_be_started_fails_its_request_and_nothing_el
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         try:
             failed = await service.render(TEMPLATE, VARIABLES)
-            problem = await service.compile_error(TEMPLATE)
+            with pytest.raises(PreparationFailed) as failure:
+                await service.compile_error(TEMPLATE)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         reason = "the process that renders chat templates cannot be started: Too many open files"
-        assert (failed, problem) == (ChatTemplateError(reason), reason)
+        assert (failed, str(failure.value)) == (ChatTemplateError(reason), reason)
         await assert_still_works(service)
 
 

@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from paddler.agent.model_service import ModelService
+from paddler.agent.preparation import PreparationFailed
 from paddler.agent.reconciliation import Reconciliation
 from paddler.agent.slots import Slots
 from paddler.agent.status import StatusBoard
@@ -42,6 +43,7 @@ A = attrs.evolve(NO_MODEL, model=LocalModel("/models/a.gguf"))
 B = attrs.evolve(NO_MODEL, model=LocalModel("/models/b.gguf"))
 MISSING = attrs.evolve(NO_MODEL, model=LocalModel("/models/missing.gguf"))
 EMBEDDINGS = attrs.evolve(DEFAULT_PARAMETERS, enable_embeddings=True)
+A_EMBEDS = attrs.evolve(A, inference_parameters=EMBEDDINGS)
 
 APPLIED = StateApplicationStatus.APPLIED
 FRESH = StateApplicationStatus.FRESH
@@ -125,6 +127,16 @@ class Agent:
 
     def letters(self, number: int) -> str:
         return "".join(letter for request, letter, _ in self.pieces if request == number)
+
+
+async def note_statuses(agent: Agent, seen: list[StateApplicationStatus]) -> None:
+    """Append every status that is published from now on and differs from the one before."""
+    status = agent.status
+    seen.append(status.state_application_status)
+    while True:
+        status = await agent.board.newer_than(status)
+        if status.state_application_status is not seen[-1]:
+            seen.append(status.state_application_status)
 
 
 @asynccontextmanager
@@ -328,6 +340,22 @@ async def test_an_override_that_does_not_compile_is_shown_until_it_is_replaced(
         await agent.until(lambda status: status.slots_total == 2)
 
 
+async def test_a_host_that_cannot_check_a_template_does_not_make_it_a_broken_one(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_agent() as agent:
+        agent.renderer.failures.extend([PreparationFailed("died: SIGKILL")] * 3)
+        agent.receive(A)
+        status = await agent.until(lambda status: status.state_application_status is STUCK)
+        assert status.issues == ()
+        status = await agent.until(lambda status: status.slots_total == 2, within=2)
+        assert (status.issues, status.state_application_status) == ((), APPLIED)
+        assert len(agent.loaded) == 4
+        assert [record.getMessage() for record in caplog.records] == [
+            "/models/a.gguf is not served: the process that renders chat templates died: SIGKILL"
+        ]
+
+
 @pytest.mark.scenario("IS-11")
 async def test_a_model_without_template_needs_an_override(autojump_clock: MockClock) -> None:
     async with open_agent(models={"/models/a.gguf": model(chat_template=None)}) as agent:
@@ -340,10 +368,136 @@ async def test_a_model_without_template_needs_an_override(autojump_clock: MockCl
 
 async def test_embeddings_need_no_template(autojump_clock: MockClock) -> None:
     async with open_agent(models={"/models/a.gguf": model(chat_template=None)}) as agent:
-        await agent.serves(attrs.evolve(A, inference_parameters=EMBEDDINGS))
+        await agent.serves(A_EMBEDS)
         await agent.start(1)
         assert agent.letters(1) == "D"
         assert "TokenGenerationDisabled" in agent.pieces[0][2]
+
+
+@pytest.mark.scenario("SW-7")
+async def test_a_token_request_after_a_switch_from_embeddings_is_bounced_while_the_files_are_looked_for(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_agent() as agent:
+        await agent.serves(A_EMBEDS)
+        agent.resolve_delay = 5.0
+        agent.receive(B)
+        assert agent.status.slots_total == 0  # at once: a bounced request must not come back every status
+        await agent.start(1)
+        assert agent.letters(1) == "B"
+        await agent.until(lambda status: status.slots_total == 2)
+        await agent.start(2)
+        await trio.sleep(1)
+        assert agent.letters(2) == "CCCCD"
+
+
+async def test_embeddings_are_served_again_when_the_switch_to_tokens_is_taken_back(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_agent() as agent:
+        await agent.serves(A_EMBEDS)
+        agent.receive(MISSING)
+        await agent.until(lambda status: status.issues != ())
+        assert agent.status.slots_total == 0
+        agent.receive(A_EMBEDS)
+        assert agent.status.slots_total == 2
+        status = await agent.until(lambda status: status.state_application_status is APPLIED)
+        assert (status.issues, agent.loaded) == ((), ["/models/a.gguf"])
+        await agent.start(1)
+        assert "TokenGenerationDisabled" in agent.pieces[0][2]
+
+
+async def test_a_load_for_embeddings_that_ends_after_tokens_were_asked_for_announces_nothing(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_agent(load_time=1.0) as agent:
+        agent.receive(A_EMBEDS)
+        await agent.until(lambda status: status.download_total > 0)
+        agent.receive(MISSING)
+        await trio.sleep(2)
+        assert len(agent.engines.running) == 1
+        assert agent.status.slots_total == 0
+        assert agent.status.state_application_status in (RETRYING, STUCK)
+        await agent.start(1)
+        assert agent.letters(1) == "B"
+
+
+async def test_requests_that_wait_for_tokens_are_served_until_embeddings_are_resolved(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_agent() as agent:
+        await agent.serves(A)
+        agent.resolve_delay = 5.0
+        agent.receive(A_EMBEDS)
+        assert agent.status.slots_total == 2
+        await agent.start(1)
+        await trio.sleep(1)
+        assert agent.letters(1) == "CCCCD"
+
+
+@pytest.mark.parametrize("state", [B, NO_MODEL])
+async def test_a_switch_is_fresh_from_the_state_that_was_received_until_it_is_applied(
+    autojump_clock: MockClock, state: ApplicableState
+) -> None:
+    seen: list[StateApplicationStatus] = []
+    async with open_agent(turn=1.0) as agent, trio.open_nursery() as watchers:
+        await agent.serves(A)
+        await agent.start(1)
+        watchers.start_soon(note_statuses, agent, seen)
+        await wait_all_tasks_blocked()
+        agent.receive(state)
+        assert agent.status.state_application_status is FRESH
+        await trio.sleep(2)
+        assert agent.letters(1).strip("C") == ""  # it drains
+        await trio.sleep(20)
+        assert seen == [APPLIED, FRESH, APPLIED]
+        watchers.cancel_scope.cancel()
+
+
+async def test_a_state_that_was_stuck_is_fresh_once_its_files_are_there(autojump_clock: MockClock) -> None:
+    seen: list[StateApplicationStatus] = []
+    async with open_agent(turn=1.0) as agent, trio.open_nursery() as watchers:
+        await agent.serves(A)
+        watchers.start_soon(note_statuses, agent, seen)
+        await wait_all_tasks_blocked()
+        agent.receive(MISSING)
+        await agent.until(lambda status: status.state_application_status is STUCK)
+        await agent.start(1)
+        agent.missing.clear()
+        await agent.until(lambda status: status.state_application_status is APPLIED)
+        await wait_all_tasks_blocked()
+        assert seen[:4] == [APPLIED, FRESH, RETRYING, STUCK]
+        assert APPLIED not in seen[1:-1]
+        assert seen[-2:] == [FRESH, APPLIED]
+        watchers.cancel_scope.cancel()
+
+
+async def test_an_engine_that_dies_during_the_drain_leaves_the_new_state_fresh(
+    autojump_clock: MockClock,
+) -> None:
+    seen: list[StateApplicationStatus] = []
+    async with open_agent(turn=1.0) as agent, trio.open_nursery() as watchers:
+        await agent.serves(A)
+        await agent.start(1)
+        watchers.start_soon(note_statuses, agent, seen)
+        await wait_all_tasks_blocked()
+        agent.receive(B)
+        await trio.sleep(1)
+        agent.engines.current.die(EngineDied("SIGABRT"))
+        await agent.until(lambda status: status.slots_total == 2)
+        await wait_all_tasks_blocked()
+        assert seen == [APPLIED, FRESH, APPLIED]
+        watchers.cancel_scope.cancel()
+
+
+async def test_a_state_that_came_and_went_in_one_tick_leaves_no_trace(autojump_clock: MockClock) -> None:
+    async with open_agent() as agent:
+        await agent.serves(A)
+        agent.receive(B)
+        agent.receive(A)
+        assert agent.status.state_application_status is APPLIED
+        await trio.sleep(5)
+        assert (agent.status.state_application_status, agent.loaded) == (APPLIED, ["/models/a.gguf"])
 
 
 @pytest.mark.scenario("IS-10")
@@ -398,6 +552,18 @@ async def test_an_engine_that_keeps_failing_is_restarted_less_and_less_often(
         agent.engines.current.die(EngineDied("SIGSEGV"))
         await agent.until(lambda status: status.slots_total == 0)
         await agent.until(lambda status: status.slots_total == 2, within=0.2)
+
+
+async def test_a_slow_load_is_no_good_time_of_an_engine(autojump_clock: MockClock) -> None:
+    async with open_agent(load_time=60.0) as agent:
+        agent.receive(A)
+        await agent.until(lambda status: status.slots_total == 2, within=100)
+        for pause in (0.1, 0.2, 0.4):
+            agent.engines.current.die(EngineDied("SIGSEGV"))
+            await agent.until(lambda status: status.slots_total == 0)
+            began = trio.current_time()
+            await agent.until(lambda status: status.slots_total == 2, within=100)
+            assert trio.current_time() - began == pytest.approx(pause + 60)
 
 
 async def test_an_engine_that_dies_during_the_drain_does_not_hold_the_new_state_up(

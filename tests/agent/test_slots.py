@@ -269,6 +269,8 @@ async def test_a_stop_cancels_preparation(autojump_clock: MockClock) -> None:
             marks=pytest.mark.scenario("IM-9", "IM-10"),
         ),
         (ContinueFromRawPrompt(5, "x" * (MAX_PROMPT_CHARACTERS + 1)), "SamplerError", "evicted"),
+        (chat("x" * (MAX_PROMPT_CHARACTERS + 1)), "SamplerError", "evicted"),
+        (chat("x" * (MAX_PROMPT_CHARACTERS + 1), images=[PNG]), "SamplerError", "evicted"),
     ],
 )
 async def test_refusals(body: TokenRequest, variant: str, words: str) -> None:
@@ -278,6 +280,24 @@ async def test_refusals(body: TokenRequest, variant: str, words: str) -> None:
         assert letter == "D"
         assert words in refusal[variant]
         assert house.engine.prompts == {}
+
+
+async def test_a_conversation_longer_than_any_prompt_never_reaches_the_renderer() -> None:
+    async with open_house() as house:
+        await house.start(1, chat("x" * (MAX_PROMPT_CHARACTERS + 1)))
+        words = f"prompt has {MAX_PROMPT_CHARACTERS + 1} characters, room for {MAX_PROMPT_CHARACTERS}"
+        assert words in house.terminal(1)[1]["SamplerError"]
+        assert house.renderer.rendered == []
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [(" \n" * 5000 + "iVBORw0KGgo=" + "\n " * 5000, "not supported yet"), (" " * 9000, "empty")],
+)
+async def test_blanks_around_the_base64_of_an_image_are_no_part_of_it(payload: str, words: str) -> None:
+    async with open_house() as house:
+        await house.start(1, chat(images=["data:image/png;base64," + payload]))
+        assert words in str(house.terminal(1)[1])
 
 
 @pytest.mark.parametrize("body", [RAW, chat()])
@@ -371,4 +391,21 @@ async def test_an_unexpected_error_ends_one_request(logged_errors: list[logging.
         house.slots.on_turn([broken, advance(2, "b")])
         assert house.terminal(1) == ("X", {"code": 500, "description": "Internal server error"})
         assert house.pieces[-1] == (2, "U", '"b"')
+    assert [record.getMessage() for record in logged_errors] == ["request 1 failed"]
+
+
+async def test_an_engine_that_fails_over_a_request_is_told_to_forget_it(
+    logged_errors: list[logging.LogRecord],
+) -> None:
+    class HalfDeaf(RecordingEngine):
+        def generate(self, generation: int, *, prompt: str, max_tokens: int) -> None:
+            super().generate(generation, prompt=prompt, max_tokens=max_tokens)
+            raise LookupError("a bug behind the hand-over")
+
+    async with open_house() as house:
+        house.engine = HalfDeaf()
+        house.slots.open_door(house.serving())
+        await house.start(1)
+        assert house.terminal(1) == ("X", {"code": 500, "description": "Internal server error"})
+        assert house.engine.cancelled == [1]
     assert [record.getMessage() for record in logged_errors] == ["request 1 failed"]

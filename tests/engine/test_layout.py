@@ -134,3 +134,11 @@ def test_a_batch_holds_every_slot_and_a_document(n_batch: int, embeddings: bool,
     planned = plan(n_batch=n_batch, enable_embeddings=embeddings, context_size=256)
     assert planned.n_batch == expected
     assert not embeddings or (planned.layout is KvLayout.SHARED and planned.n_ctx >= expected)
+
+
+@pytest.mark.parametrize("slots", range(1, 9))
+@pytest.mark.parametrize("n_batch", [1, 2048, 2**64 - 1])
+def test_a_batch_of_documents_is_a_multiple_of_the_slots(slots: int, n_batch: int) -> None:
+    planned = plan(slots=slots, n_batch=n_batch, enable_embeddings=True, context_size=256)
+    assert planned.n_batch % slots == 0
+    assert min(n_batch, 4096) <= planned.n_batch <= planned.n_ctx

@@ -32,6 +32,7 @@ from paddler.engine.pipe import (
 )
 from paddler.errors import RemoteProtocolError
 from paddler.messages.state import DEFAULT_PARAMETERS, KvCacheDtype
+from paddler.processes.frames import pack_frame
 
 SENT: list[Command] = [
     EngineSettings(
@@ -99,7 +100,14 @@ def test_a_lone_surrogate_becomes_a_question_mark() -> None:
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b"[1,2]", b'["Turn",[1]]', b'["Turn",[[1,[2],"",true,"",1,0]]]', b"\xff\xfe",
-     b'["Progress",{"done":1}]', b'["Generate",{}]', b"[" * 100_000, b'["Capacity",{}]', b'["Nothing",{}]'],
+     b'"ab"', b'[["Turn"],[]]', b'["Turn",{}]', b'["Turn","abcdefg"]', b'["Turn",["abcdefg"]]',
+     b'["Turn",null]', b'["Turn",[[1,[2],"",null,"",1]]]', b'["Turn",[[[],[2],"",null,"",1,0]]]',
+     b'["Turn",[[1,[2.5],"",null,"",1,0]]]', b'["Turn",[[1,2,"",null,"",1,0]]]',
+     b'["Turn",[[1,[2],null,null,"",1,0]]]', b'["Turn",[[1,[2],"",null,"",true,0]]]',
+     b'["Turn",[[1,[2],"","no end","",1,0]]]', b'["Turn",[[1,[2],"\\ud800",null,"",1,0]]]',
+     b'["Progress",{"done":1,"total":"9"}]', b'["Log",{"level":1,"text":[]}]',
+     b'["ModelRefused",{"reason":0}]', b'["Progress",{"done":1}]', b'["Generate",{}]', b"[" * 100_000,
+     b'["Capacity",{}]', b'["Nothing",{}]'],
 )  # fmt: skip
 def test_rubbish_is_a_protocol_error(body: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
@@ -110,3 +118,30 @@ def test_a_frame_above_the_limit_is_a_protocol_error_before_it_is_read() -> None
     reader = FrameReader(REPORTS, max_frame_bytes=1000)
     with pytest.raises(RemoteProtocolError, match="1001 bytes"):
         reader.feed((1001).to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize(
+    ("report", "field", "value"),
+    [
+        (TOLD[2], "metadata", {"general.name": 1}),
+        (TOLD[2], "metadata", []),
+        (TOLD[2], "chat_template", 5),
+        (TOLD[2], "control_tokens", {"1": None}),
+        (TOLD[2], "n_ctx_train", "13"),
+        (TOLD[4], "slots", 4.0),
+        (TOLD[4], "warm_up_seconds", None),
+        (TOLD[4], "offloaded", 0),
+    ],
+)
+def test_a_description_with_a_field_of_another_type_is_a_protocol_error(
+    report: Report, field: str, value: object
+) -> None:
+    content = attrs.asdict(report) | {field: value}
+    with pytest.raises(RemoteProtocolError, match=field):
+        FrameReader(REPORTS).feed(pack_frame([type(report).__name__, content]))
+
+
+def test_what_a_refusal_quotes_is_bounded() -> None:
+    with pytest.raises(RemoteProtocolError) as caught:
+        FrameReader(REPORTS).feed(pack_frame(["x" * 10_000, {}]))
+    assert len(str(caught.value)) < 400

@@ -50,11 +50,17 @@ def test_a_prompt_must_have_tokens_and_fit(tokens: int, failure: str) -> None:
     [
         (5, False, 9, None),
         (5, True, 9, Finish.END),
+        (5, True, 10, Finish.END),
+        (1, True, 9, Finish.END),
         (1, True, 10, Finish.END),
+        (1, False, 9, Finish.LENGTH),
         (1, False, 10, Finish.LENGTH),
+        (2, False, 10, Finish.FAILED),
         (0, False, 9, Finish.LENGTH),
-        (-7, False, 9, Finish.LENGTH),
-        (5, False, 10, Finish.FAILED),
+        (0, False, 10, Finish.LENGTH),
+        (0, True, 9, Finish.END),
+        (-1, False, 9, Finish.LENGTH),
+        (-1, True, 9, Finish.END),
     ],
 )
 def test_a_token_ends_by_the_end_then_the_limit_then_the_cells(
@@ -64,6 +70,7 @@ def test_a_token_ends_by_the_end_then_the_limit_then_the_cells(
     sequence.position = position
     text = sequence.accept(3, b"x", is_end=is_end)
     assert (sequence.finish, text) == (finish, "" if is_end else "x")
+    assert (sequence.generated, sequence.pending) == (1, 3)
     assert sequence.failure.startswith(EVICTED) == (finish is Finish.FAILED)
 
 

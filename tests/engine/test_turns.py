@@ -64,6 +64,11 @@ class Prompts:
 
     _slow: dict[int, str] = attrs.Factory(dict)
     ready: bool = False
+    forgotten: list[int] = attrs.Factory(list)
+
+    def forget(self, generation: int) -> None:
+        """Take note, and finish it all the same: it may be in a thread already."""
+        self.forgotten.append(generation)
 
     def read(self, generation: int, text: str) -> npt.NDArray[np.int32] | None:
         if text.isupper():
@@ -188,6 +193,7 @@ def test_cancel_tells_once_whatever_the_generation_is_at(prompt: str) -> None:
         1: Finish.STOPPED,
         2: Finish.STOPPED,
     }
+    assert prompts.forgotten == [1, 2]
     prompts.ready = True
     assert turns.run() == ()
     assert turns.idle

@@ -275,6 +275,107 @@ async def test_a_client_that_leaves_cancels_its_request(
         assert await is_healthy(room)
 
 
+EXTRAS = {
+    "an empty line": b"\r\n",
+    "a letter": b"G",
+    "a second request": http_request("POST", RAW, RAW_PROMPT),
+}
+
+
+@pytest.mark.parametrize("leave", [send_fin, send_rst, half_close])
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_client_that_sent_more_than_its_request_and_leaves_cancels_it(
+    leave: Callable[[trio.SocketStream], None], extra: str, at_once: bool
+) -> None:
+    served = 0
+
+    async def script(_: TokenRequest, reply: Reply) -> None:
+        nonlocal served
+        served += 1
+        await trio.sleep_forever()
+
+    async with inference_room(script) as room:
+        tasks, files = await living_tasks(), open_files()
+        async with await room.connect() as client:
+            if at_once:
+                await client.send(http_request("POST", RAW, RAW_PROMPT) + EXTRAS[extra])
+                await client.head()
+            else:
+                await client.generate()
+                await client.head()
+                for piece in (EXTRAS[extra][:1], EXTRAS[extra][1:]):
+                    await client.send(piece)
+                    await trio.testing.wait_all_tasks_blocked(0.005)
+            await room.relay.wait_until(lambda: room.relay.running == 1)
+            leave(client.stream)
+            await room.relay.wait_until(lambda: room.relay.cancelled == 1)
+        await settled(tasks)
+        assert open_files() == files
+        assert served == 1, "of the second request nobody wants to know"
+        assert await is_healthy(room)
+
+
+async def test_a_request_behind_a_reply_that_was_cut_is_not_started() -> None:
+    served = 0
+
+    async def script(_: TokenRequest, reply: Reply) -> None:
+        nonlocal served
+        served += 1
+        while True:
+            reply.piece("a", "C", '"%s"' % ("x" * 100_000))
+            await trio.lowlevel.checkpoint()
+
+    async with inference_room(script) as room:
+        tasks = await living_tasks()
+        async with await room.connect() as client:
+            await client.send(http_request("POST", RAW, RAW_PROMPT) * 2)
+            await room.relay.wait_until(lambda: room.relay.cancelled == 1)  # it reads too slowly
+            await settled(tasks)
+        assert served == 1
+
+
+async def test_a_pipelining_client_that_stays_gets_all_answers_in_order() -> None:
+    turns: list[trio.Event] = []
+
+    async def script(request: TokenRequest, reply: Reply) -> None:
+        turns.append(trio.Event())
+        await turns[-1].wait()
+        reply.piece("a", "C", str(request.max_tokens))
+
+    async with inference_room(script) as room, await room.connect() as client:
+        for number in (1, 2):
+            body = b'{"max_tokens": %d, "raw_prompt": "%b"}' % (number, b"x" * 100_000)
+            await client.send(http_request("POST", RAW, body))  # more than is received in advance
+        await client.send(http_request("GET", "/health"))
+        for number in (1, 2):
+            await room.relay.wait_until(lambda number=number: len(turns) == number)  # type: ignore[misc]
+            await trio.testing.wait_all_tasks_blocked(0.005)
+            assert len(turns) == number
+            turns[-1].set()
+            assert b'{"ContentToken":%d}' % number in (await client.answer()).body
+        assert (await client.answer()).text == "OK"
+        assert (await client.request("GET", "/health")).text == "OK"
+
+
+@pytest.mark.parametrize("leave", [send_fin, half_close])
+async def test_the_last_messages_of_a_websocket_count(leave: Callable[[trio.SocketStream], None]) -> None:
+    served = 0
+
+    async def script(_: TokenRequest, reply: Reply) -> None:
+        nonlocal served
+        served += 1
+
+    async with inference_room(script) as room, await room.connect() as client:
+        tasks = await living_tasks()
+        websocket = await open_socket(client)
+        for number in range(100):  # more than fit into the queues between hypercorn and the app
+            await websocket.ask(str(number), raw_prompt="x" * 2000)
+        leave(client.stream)
+        await settled(tasks)
+    assert served > 0
+
+
 @pytest.mark.parametrize("leave", [send_fin, send_rst, half_close])
 async def test_a_client_that_leaves_after_its_stream_ended_leaves_nothing_behind(
     leave: Callable[[trio.SocketStream], None],
@@ -336,7 +437,7 @@ async def test_compression_is_never_agreed_to() -> None:
 
 async def test_hypercorn_still_has_the_seams_that_are_replaced() -> None:
     replaced = {
-        (Connection, TCPServer): ("run", "protocol_send", "_read_data", "_idle_timeout"),
+        (Connection, TCPServer): ("run", "protocol_send", "_idle_timeout"),
         (Http1, H11Protocol): ("handle", "_check_protocol", "_create_stream"),
         (WebSocket, WSStream): ("handle", "_handle_events", "_send_pings"),
         (MessageBuffer, WebsocketBuffer): ("extend", "clear"),

@@ -251,14 +251,17 @@ async def test_http_1_0_clients_get_an_unframed_body_and_the_end_of_the_connecti
 
 
 async def test_a_request_during_shutdown_gets_its_error_line() -> None:
+    begun = trio.Event()
+
     async def script(_: TokenRequest, reply: Reply) -> None:
+        begun.set()
         reply.error(StreamError(503, "balancer is shutting down"))
 
     async with inference_room(script) as room, await room.connect() as client:
         await client.request("GET", "/health")
         async with await room.connect() as other:
             await other.generate()
-            await room.relay.wait_until(lambda: room.relay.running == 0)
+            await begun.wait()
             room.stop()
             [line] = messages((await other.answer()).body)
     assert line["Error"]["error"]["code"] == 503

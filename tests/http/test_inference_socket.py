@@ -7,7 +7,7 @@ from wsproto.events import BytesMessage, CloseConnection
 from wsproto.events import Ping as PingFrame
 
 from paddler.balancer.running_requests import Reply
-from paddler.http.inference_socket import Outbox
+from paddler.http.inference_socket import OUTBOX_BYTES, Outbox
 from paddler.messages.inference import TokenRequest
 from paddler.messages.tokens import StreamError
 from tests.http.support import DONE, applicable, http_request, inference_room, open_socket, stream_error
@@ -245,17 +245,72 @@ async def test_shutdown_tells_every_request_and_then_closes(relay_first: bool) -
         assert await client.ends()
 
 
-async def test_an_outbox_whose_limit_falls_below_what_is_unsent_ends_the_socket() -> None:
+async def test_the_limit_of_an_outbox_falls_with_what_leaves() -> None:
     overflows: list[int] = []
+    go_on = trio.Event()
+
+    async def send(_: list[str]) -> None:
+        await go_on.wait()
+
     outbox = Outbox(on_overflow=lambda: overflows.append(1))
-    outbox.limit_bytes = 100
-    outbox.put("a" * 90)
-    outbox.limit_bytes = 50  # a request ended
-    assert not overflows
-    outbox.put("b")
-    assert overflows == [1], "a message that is not queued ends the socket"
-    outbox.put("c")
-    assert overflows == [1]
+    outbox.set_limit(OUTBOX_BYTES + 100)
+    outbox.put("a" * OUTBOX_BYTES)
+    async with trio.open_nursery() as writer:
+        writer.start_soon(outbox.drain_forever, send)
+        await trio.testing.wait_all_tasks_blocked()
+        outbox.set_limit(50)  # requests ended
+        outbox.put("b" * 90)
+        assert not overflows, "it was within bounds a moment ago"
+        go_on.set()
+        await outbox.wait_until_sent()
+        outbox.put("c" * 51)
+        assert overflows == [1]
+        outbox.put("d")
+        assert overflows == [1]
+        writer.cancel_scope.cancel()
+
+
+async def test_the_limit_of_an_outbox_does_not_fall_below_its_headroom_at_once() -> None:
+    overflows: list[int] = []
+    sent = trio.Event()
+
+    async def send(messages: list[str]) -> None:
+        outbox.put("b" * 80)  # while these are on their way
+        sent.set()
+        if messages != ["a" * 80]:
+            await trio.sleep_forever()
+
+    outbox = Outbox(on_overflow=lambda: overflows.append(1))
+    outbox.set_limit(300)  # falls at once while nothing waits
+    outbox.put("a" * 80)
+    outbox.set_limit(100)
+    async with trio.open_nursery() as writer:
+        writer.start_soon(outbox.drain_forever, send)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not overflows  # 300 - 80 is what it may hold now, of which 160 are put
+        outbox.put("c" * 60)
+        assert not overflows
+        outbox.put("c")
+        assert overflows == [1]
+        writer.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("length", [4096, 4097, 400_000])
+async def test_a_long_id_is_refused_and_the_others_go_on(length: int) -> None:
+    async with inference_room(endless) as room, await room.connect() as client:
+        websocket = await open_socket(client)
+        await websocket.ask("1")
+        assert request_id(await websocket.receive()) == "1"
+        name = "x" * length
+        await websocket.ask("y" * 2_000_000)  # not even an answer fits
+        await websocket.ask(name)
+        message = await websocket.receive()
+        assert request_id(message) == name
+        if length > 4096:
+            assert stream_error(message) == StreamError(400, "Request id is longer than 4096 characters")
+            assert room.relay.running == 1
+        else:
+            assert room.relay.running == 2
 
 
 async def test_a_close_frame_is_answered_and_cancels_the_requests() -> None:
@@ -281,9 +336,12 @@ async def test_the_server_pings_at_once_and_answers_pings() -> None:
 
 async def test_without_an_upgrade_it_is_a_bad_request() -> None:
     async with inference_room() as room, await room.connect() as client:
-        assert (await client.request("GET", PATH)).status == 400
+        text = "This path is served over WebSocket only"
+        answer = await client.request("GET", PATH)
+        assert (answer.status, answer.text) == (400, text)
         await client.send(http_request("GET", PATH, None, "Connection: upgrade", "Upgrade: other"))
-        assert (await client.answer()).status == 400
+        answer = await client.answer()
+        assert (answer.status, answer.text) == (400, text)
 
 
 @pytest.mark.slow

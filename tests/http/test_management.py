@@ -375,3 +375,28 @@ async def test_the_agent_socket_needs_an_upgrade_and_an_id() -> None:
         assert (await room.get("/api/v1/agent_socket/a")).status == 400
         assert (await room.get("/api/v1/agent_socket/")).status == 404
         assert (await room.get("/api/v1/agent/a")).status == 404
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", ""])
+async def test_a_web_page_cannot_register_as_an_agent(origin: str) -> None:
+    async with management_room() as room, await room.connect() as client:
+        path = "/api/v1/agent_socket/a"
+        await client.send(http_request("GET", path, None, *UPGRADE, f"Origin: {origin}"))
+        answer = await client.answer()
+        assert (answer.status, answer.text) == (403, "Web pages cannot be agents")
+        assert room.links.served == []
+
+
+async def test_a_stored_state_is_answered_with_no_content_and_no_length() -> None:
+    async with management_room() as room, await room.connect() as client:
+        body = json.dumps(desired()).encode()
+        for _ in range(2):  # the connection is used again
+            answer = await client.request("PUT", "/api/v1/balancer_desired_state", body)
+            assert answer.status == 204
+            assert not answer.headers.keys() & {"content-length", "transfer-encoding", "content-type"}
+
+
+async def test_many_slashes_do_not_lead_to_the_agents() -> None:
+    async with management_room() as room:
+        answer = await room.get("//api/v1/agents")
+        assert (answer.status, answer.body) == (404, b"")

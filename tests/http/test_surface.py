@@ -1,15 +1,17 @@
+import errno
 import json
 import socket
 
 import pytest
 import trio
+import trio.testing
 from quart import request
 
 from paddler.config import Address
 from paddler.errors import AgentGone, AnswerTimeout, ConfigurationError, NoSuchAgent, PaddlerError
 from paddler.http.connection import KEEP_ALIVE_TIMEOUT
-from paddler.http.surface import make_app, open_surface
-from tests.http.support import LOOPBACK, RawClient, connect, inference_room, serving
+from paddler.http.surface import SHORTAGE_MEMORY, accept_forever, make_app, open_surface, read_json
+from tests.http.support import LOOPBACK, UPGRADE, RawClient, connect, http_request, inference_room, serving
 
 ORIGIN = "http://127.0.0.1:8062"
 PREFLIGHT = ("Access-Control-Request-Method: POST",)
@@ -73,6 +75,92 @@ async def test_accepted_sockets_notice_dead_peers() -> None:
     async with serving(app, stopping=trio.Event()) as surface, await connect(surface.port) as client:
         answer = await client.request("GET", "/options")
     assert json.loads(answer.text) == {"user timeout": 10_000, "keep alive": 1}
+
+
+class ScriptedListener(trio.abc.Listener[trio.SocketStream]):
+    """Does one thing after the other: fail with a number, be quiet for some seconds, accept."""
+
+    def __init__(self, script: list[int | float | None]) -> None:
+        self._script = script
+
+    async def accept(self) -> trio.SocketStream:
+        await trio.lowlevel.checkpoint()
+        while self._script:
+            match self._script.pop(0):
+                case int(number):
+                    raise OSError(number, "scripted")
+                case float(seconds):
+                    await trio.sleep(seconds)
+                case None:
+                    return trio.SocketStream(trio.socket.socket())
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_a_shortage_of_descriptors_is_said_once_and_its_end_too(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = 0
+
+    async def serve(stream: trio.SocketStream) -> None:
+        nonlocal served
+        served += 1
+        stream.socket.close()
+
+    short, quiet = errno.EMFILE, SHORTAGE_MEMORY + 1
+    script = [None, *[short] * 30, None, short, None, quiet, None, None, quiet, short]
+    with trio.move_on_after(60):
+        async with trio.open_nursery() as connections:
+            await accept_forever(ScriptedListener(script), serve, connections)
+    assert served == 5
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "new connections have to wait: Too many open files"),
+        ("WARNING", "new connections are accepted again"),
+        ("WARNING", "new connections have to wait: Too many open files"),
+    ]
+
+
+async def test_an_error_of_the_listener_itself_is_not_survived() -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        raise AssertionError
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with trio.open_nursery() as connections:
+            await accept_forever(ScriptedListener([errno.EINVAL]), serve, connections)
+    assert caught.group_contains(OSError)
+
+
+async def test_a_body_that_never_comes_is_a_408_and_holds_nobody_up() -> None:
+    app = make_app("x", cors_allowed_hosts=(), body_timeout=0.1)
+
+    @app.post("/value")
+    async def value() -> str:
+        return str(await read_json())
+
+    async with serving(app, stopping=trio.Event()) as surface, await connect(surface.port) as slow:
+        await slow.send(
+            http_request("POST", "/value", None, "Content-Length: 10", "Content-Type: application/json")
+            + b"{"
+        )
+        async with await connect(surface.port) as neighbour:
+            assert (await neighbour.request("POST", "/value", b"{}")).text == "{}"
+        answer = await slow.answer()
+        assert (answer.status, answer.text) == (408, "The body was not complete within 0.1 s")
+        assert await slow.ends()
+
+
+@pytest.mark.parametrize("path", ["//health", "///health", "/%2Fhealth", "http://test//health"])
+async def test_slashes_in_front_make_another_path(path: str) -> None:
+    async with inference_room() as room, await room.connect() as client:
+        for method in ("GET", "POST"):
+            answer = await client.request(method, path)
+            assert (answer.status, answer.text) == (404, "")
+        await client.send(http_request("GET", "//api/v1/inference_socket", None, *UPGRADE))
+        answer = await client.answer()
+        assert (answer.status, answer.text) == (404, "")
 
 
 async def test_leaving_the_block_closes_idle_connections_at_once() -> None:

@@ -223,3 +223,14 @@ def test_a_template_nested_too_deeply_does_not_compile() -> None:
 def test_variables_are_json() -> None:
     variables: dict[str, Any] = template_variables(conversation(("user", PARTS), tools=(WEATHER,)))
     assert json.loads(json.dumps(variables))["messages"] == variables["messages"]
+
+
+def test_memory_that_runs_out_while_compiling_is_not_the_template_s_fault() -> None:
+    class TooBig(str):
+        __slots__ = ()
+
+        def __str__(self) -> str:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        PromptTemplate(TooBig("fine"))

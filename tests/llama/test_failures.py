@@ -134,6 +134,15 @@ async def test_an_embedding_model_loads_and_reports_its_slots(pooling: PoolingTy
             assert generations.engine.capacity.slots == 4
 
 
+@pytest.mark.parametrize("slots", range(1, 9))
+async def test_an_embedding_model_loads_with_any_number_of_slots(slots: int) -> None:
+    path = FIXTURES / "paddler-tiny-embed.gguf"
+    async with running(
+        model_path=str(path), enable_embeddings=True, pooling_type=PoolingType.MEAN, n_batch=2048, slots=slots
+    ) as generations:
+        assert generations.engine.capacity.slots == slots
+
+
 async def test_the_description_is_that_of_the_file_and_progress_counts_its_bytes() -> None:
     progress: list[tuple[int, int]] = []
     seen: list[ModelDescription] = []
