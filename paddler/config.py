@@ -85,7 +85,8 @@ class EngineTimeouts:
     step: float = 30.0
     """Until a frame comes while work is open; 20 times the slowest turn when that is longer."""
     standstill: float = 2.0
-    """Child stopped, or its CPU time standing still, while work is open."""
+    """Child stopped, or its CPU time standing still, while work is open; `step` alone bounds the wait for a
+    disk, and for a GPU, which take no CPU time either."""
     stop: float = 5.0
     """From `stop` to the child's end."""
 

@@ -129,12 +129,17 @@ class EngineHung(EngineFailed):
 
 @attrs.define(eq=False)
 class ModelUnavailable(PaddlerError):
-    """The model of the desired state cannot be served; `issues` says why, for the agents snapshot."""
+    """The model of the desired state cannot be served.
+
+    `issues` is what the agents snapshot shows; `reason` what llama.cpp said, for the log.
+    """
 
     issues: tuple[object, ...]
+    reason: str = ""
 
     def __str__(self) -> str:
-        return "; ".join(str(issue) for issue in self.issues)
+        more = f" (and {len(self.issues) - 1} more)" if len(self.issues) > 1 else ""
+        return self.reason or f"{self.issues[0]}{more}"
 
 
 class ProtocolError(PaddlerError):

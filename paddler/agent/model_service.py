@@ -220,7 +220,7 @@ class ModelService:
                     self._serving = _serving(resolved.state, engine)
                     on_serving()
                     self._announce()
-                    logger.info("serving %s in %d slots", model_path, settings.slots)
+                    logger.info("serving %s, slots: %d", model_path, settings.slots)
                 await trio.sleep_forever()
         finally:
             self._board.clear_progress()

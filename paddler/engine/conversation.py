@@ -16,8 +16,9 @@ from paddler.engine.pipe import REPORTS, Advance, Command, FrameReader, Log, Rep
 from paddler.engine.vitals import Pulse
 from paddler.errors import EngineDied, EngineHung, RemoteProtocolError
 
-_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.WARNING}
-"""llama.cpp's levels to ours. A file that cannot be loaded is no error of Paddler's."""
+_LOG_LEVELS = {3: logging.WARNING, 4: logging.WARNING}
+"""llama.cpp's levels to ours while it serves; the rest is for debugging. So is all that it says while it
+loads: a refusal carries its reason, and is tried again every second."""
 
 _LOOKS_PER_STANDSTILL = 8
 _TURNS_TO_A_HANG = 20
@@ -145,7 +146,8 @@ class Conversation:
         if not isinstance(report, Log):
             self.child.kill()
             raise EngineDied(f"{type(report).__name__} out of turn", self._last_words)
-        logger.log(_LOG_LEVELS.get(report.level, logging.DEBUG), "%s", report.text)
+        level = logging.DEBUG if self.loading else _LOG_LEVELS.get(report.level, logging.DEBUG)
+        logger.log(level, "%s", report.text)
 
     def _log_output(self, lines: list[bytes]) -> None:
         for line in lines:

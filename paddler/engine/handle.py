@@ -110,8 +110,7 @@ async def _load_model(
             case ModelDescription() as description:
                 return description
             case ModelRefused(reason):
-                logger.warning("%s cannot be loaded: %s", settings.model_path, reason)
-                raise ModelUnavailable((ModelCannotBeLoaded(settings.model_path),))
+                raise ModelUnavailable((ModelCannotBeLoaded(settings.model_path),), reason)
             case report:
                 talk.out_of_turn(report)
         patience = talk.timeouts.load_silence
@@ -131,9 +130,8 @@ async def _open_context(talk: Conversation, settings: EngineSettings) -> Capacit
                 )
                 return capacity
             case ContextRefused(reason):
-                logger.warning("no slot of %s can start: %s", settings.model_path, reason)
                 slots = range(settings.slots)
-                raise ModelUnavailable(tuple(SlotCannotStart(reason, slot) for slot in slots))
+                raise ModelUnavailable(tuple(SlotCannotStart(reason, slot) for slot in slots), reason)
             case report:
                 talk.out_of_turn(report)
 

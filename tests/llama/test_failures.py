@@ -1,6 +1,7 @@
 """A real engine process that cannot load, dies, hangs, or is left: what its agent gets, what stays behind."""
 
 import itertools
+import logging
 import os
 import resource
 import signal
@@ -91,6 +92,7 @@ async def test_a_damaged_file_is_an_issue(tmp_path: Path, content: Callable[[], 
 
 
 async def test_what_is_no_model_is_an_issue(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "paddler.engine")
     os.mkfifo(tmp_path / "fifo.gguf")
     split = "model-00001-of-00002.gguf"
     (tmp_path / split).write_bytes(whole())
