@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -100,7 +101,7 @@ def test_the_quickstart_serves_on_until_it_is_told_to_stop(number: signal.Signal
     with started(str(SCRIPTS / "serve_and_ask.py"), *ANY_PORTS) as quickstart:
         said = read_welcome(quickstart)
         assert ANSWER in said
-        assert f"{SCRIPTS / 'ask.py'} 'What is 2 + 2?' --url http://127.0.0.1:" in said
+        assert f"{shlex.quote(str(SCRIPTS / 'ask.py'))} 'What is 2 + 2?' --url http://127.0.0.1:" in said
         quickstart.send_signal(number)
         _, log = quickstart.communicate(timeout=10)
         assert quickstart.returncode == 0
