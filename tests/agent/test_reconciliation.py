@@ -272,7 +272,6 @@ async def test_a_state_resolved_during_the_drain_replaces_the_one_before(autojum
         assert (agent.loaded, agent.letters(1)) == (["/models/a.gguf"], "CCCCD")
 
 
-@pytest.mark.scenario("IS-8")
 async def test_the_state_that_serves_asked_for_again_during_its_drain_serves_again(
     autojump_clock: MockClock,
 ) -> None:
@@ -299,6 +298,7 @@ async def test_a_state_asked_for_again_while_its_search_is_given_up_is_searched_
         assert agent.loaded == ["/models/a.gguf"]
 
 
+@pytest.mark.scenario("IS-8")
 async def test_a_model_that_cannot_be_loaded_is_tried_every_second(autojump_clock: MockClock) -> None:
     broken = ModelUnavailable((ModelCannotBeLoaded("/models/a.gguf"),))
     async with open_agent() as agent:

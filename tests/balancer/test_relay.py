@@ -240,7 +240,6 @@ async def test_a_request_that_the_link_cannot_take_ends_with_500(nursery: trio.N
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.scenario("ST-4")
 async def test_a_request_that_comes_after_shutdown_is_refused() -> None:
     services = make_services()
     async with connected_agent(services.links):

@@ -164,6 +164,7 @@ async def test_a_body_over_two_mebibytes_is_refused(chunked: bool) -> None:
             assert (await client.request("GET", "/health")).status == 200
 
 
+@pytest.mark.scenario("TC-6")
 async def test_checks_come_in_the_documented_order() -> None:
     bad_tool = conversation(tools=[tool(["country"])], parse_tool_calls=True)
     state = applicable(enable_embeddings=True)
@@ -200,6 +201,7 @@ async def test_checks_come_in_the_documented_order() -> None:
     ],
 )
 @pytest.mark.parametrize("key", ["input_batch", "input_documents"])
+@pytest.mark.scenario("EM-18", "EM-19")
 async def test_embedding_batches_are_refused_in_order(
     state: ApplicableState | None, status: int, text: str, key: str
 ) -> None:
@@ -250,6 +252,7 @@ async def test_http_1_0_clients_get_an_unframed_body_and_the_end_of_the_connecti
     assert len(messages(answer.body)) == 2
 
 
+@pytest.mark.scenario("ST-4")
 async def test_a_request_during_shutdown_gets_its_error_line() -> None:
     begun = trio.Event()
 

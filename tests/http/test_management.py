@@ -211,6 +211,7 @@ async def test_a_broken_store_is_a_500_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize("about", ["chat_template_override", "model_metadata"])
+@pytest.mark.scenario("MA-10", "MA-11")
 @pytest.mark.parametrize(
     ("failure", "status", "text"),
     [

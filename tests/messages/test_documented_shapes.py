@@ -437,7 +437,6 @@ def test_issues_are_sorted_by_name_and_then_by_what_they_say() -> None:
     )
 
 
-@pytest.mark.scenario("TC-6")
 def test_a_required_tool_argument_must_be_declared_when_arguments_are_listed() -> None:
     def request(properties: dict[str, Any] | None, required: tuple[str, ...] | None) -> Any:
         parameters = ToolParameters(type="object", properties=properties, required=required)
