@@ -33,7 +33,11 @@ def started(*command: str, log: str = "info") -> Iterator[subprocess.Popen[str]]
         try:
             yield process
         finally:
-            process.kill()
+            process.terminate()  # and not kill: the quickstart takes its server along
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def read_welcome(process: subprocess.Popen[str]) -> str:
