@@ -9,8 +9,8 @@ import logging
 import os
 import secrets
 import string
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Final, Self
 
 import trio
 from quart import Response, request
@@ -87,12 +87,27 @@ async def serve_request(relay: "Relay", message: "TokenRequest", reply: "Reply",
     """Let the relay answer one request; whatever breaks in there breaks this request only."""
     try:
         await relay.serve(message, reply)
-    except Exception:
+    except Exception:  # border: one request
         log.exception("request %s failed", request_id)
         reply.error(StreamError(500, "Internal server error"))
 
 
-class TokenReply(ResponseBody):
+class _Body(ResponseBody, AsyncIterator[bytes]):
+    """A body that is its own iterator and owns nothing outside `__anext__`."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: "TracebackType | None",
+    ) -> None:
+        pass
+
+
+class TokenReply(_Body):
     """The body of one token request: a line per message, written through to the socket.
 
     Quart sends status and headers, then asks for the body once; everything happens within that call.
@@ -165,20 +180,6 @@ class TokenReply(ResponseBody):
 
     # Body: Quart's side
 
-    async def __aenter__(self) -> "TokenReply":
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: "TracebackType | None",
-    ) -> None:
-        pass
-
-    def __aiter__(self) -> "TokenReply":
-        return self
-
     async def __anext__(self) -> bytes:
         """Answer the request; nothing is left for Quart to write. Cancelling cancels the relay."""
         with self._scope:
@@ -225,7 +226,7 @@ def token_response(relay: "Relay", message: "TokenRequest") -> Response:
     return Response(body, content_type="application/json", headers={"Cache-Control": "no-cache"})
 
 
-class EventStream(ResponseBody):
+class EventStream(_Body):
     """A body of server-sent events: a snapshot at once and after each change, comments in between.
 
     Ends normally when `stopping` is set.
@@ -236,20 +237,6 @@ class EventStream(ResponseBody):
         self._changes = changes
         self._stopping = stopping
         self._next_comment: float | None = None
-
-    async def __aenter__(self) -> "EventStream":
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: "TracebackType | None",
-    ) -> None:
-        pass
-
-    def __aiter__(self) -> "EventStream":
-        return self
 
     async def __anext__(self) -> bytes:
         if self._next_comment is None:
