@@ -12,7 +12,7 @@ import trio
 
 from paddler.config import EngineTimeouts
 from paddler.engine.child import EngineChild
-from paddler.engine.pipe import REPORTS, Advance, Command, FrameReader, Log, Report, Turn, pack
+from paddler.engine.pipe import REPORTS, Advance, Command, FrameReader, Held, Log, Report, Turn, pack
 from paddler.engine.vitals import Pulse
 from paddler.errors import EngineDied, EngineHung, RemoteProtocolError
 
@@ -90,9 +90,14 @@ class Conversation:
             self.child.kill()
             raise EngineHung(patience, self._last_words) from None
 
-    async def read_turns(self, on_turn: Callable[[list[Advance]], None]) -> None:
+    async def read_turns(
+        self, on_turn: Callable[[list[Advance]], None], on_held: Callable[[Held], None] = lambda _: None
+    ) -> None:
         while True:
             report = await self.receive()
+            if isinstance(report, Held):
+                on_held(report)
+                continue
             if not isinstance(report, Turn):
                 self.out_of_turn(report)
                 continue

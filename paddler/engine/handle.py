@@ -22,10 +22,14 @@ from paddler.engine.pipe import (
     ContextRefused,
     EngineSettings,
     Generate,
+    GrammarRule,
+    Held,
     ModelDescription,
     ModelRefused,
     OpenContext,
+    Picture,
     Progress,
+    SamplerSettings,
 )
 from paddler.errors import EngineDied, EngineFailed, ModelUnavailable
 from paddler.messages.state import ModelCannotBeLoaded, SlotCannotStart
@@ -44,10 +48,19 @@ class Engine:
         self._commands = commands
         self.open_generations: set[int] = set()
 
-    def generate(self, generation: int, *, prompt: str, max_tokens: int) -> None:
+    def generate(
+        self,
+        generation: int,
+        *,
+        prompt: str,
+        max_tokens: int,
+        sampler: SamplerSettings | None = None,
+        grammar: GrammarRule | None = None,
+        pictures: tuple[Picture, ...] = (),
+    ) -> None:
         """Start a generation; more than the engine has slots wait in it, in order."""
         self.open_generations.add(generation)
-        self._commands.send_nowait(Generate(generation, prompt, max_tokens))
+        self._commands.send_nowait(Generate(generation, prompt, max_tokens, sampler, grammar, pictures))
 
     def cancel(self, generation: int) -> None:
         """Stop a generation; its last Advance follows, unless it has come already."""
@@ -62,6 +75,7 @@ async def open_engine(
     on_model: Callable[[ModelDescription], Awaitable[None]],
     on_progress: Callable[[int, int], None],
     on_turn: Callable[[list[Advance]], None],
+    on_held: Callable[[Held], None] = lambda _: None,
 ) -> AsyncIterator[Engine]:
     """Load a model in a process of its own and yield the engine that serves it.
 
@@ -87,7 +101,7 @@ async def open_engine(
             engine = Engine(description, capacity, send_commands)
             talk.begin_serving(engine.open_generations, offloaded=capacity.offloaded)
             tasks.start_soon(talk.write_commands, commands)
-            tasks.start_soon(talk.read_turns, on_turn)
+            tasks.start_soon(talk.read_turns, on_turn, on_held)
             yield engine
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:

@@ -35,6 +35,12 @@ class EngineSettings:
     threads: int
     exact: bool = False
     """Flash attention off: the same tokens whatever runs beside a request, with more than one thread too."""
+    prefix_cache: bool = True
+    """Keep the cells of finished generations, and start new ones behind the prefix they share with one."""
+    prefix_cache_bytes: int = 0
+    """Host memory for prefixes whose cells were needed; 0: they are forgotten."""
+    projection_path: str | None = None
+    adapters: tuple["Adapter", ...] = ()
     host_memory_bytes: int | None = None
     """What the model may take; None asks the host."""
 
@@ -45,10 +51,63 @@ class OpenContext:
 
 
 @attrs.frozen
+class Adapter:
+    """A LoRA adapter of the model, in force for everything that is generated."""
+
+    path: str
+    scale: float
+
+
+@attrs.frozen(kw_only=True)
+class SamplerSettings:
+    """How the tokens of one generation are chosen; in range, but for ids beyond the vocabulary."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    penalty_repeat: float
+    penalty_frequency: float
+    penalty_presence: float
+    penalty_last_n: int
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logit_bias: dict[int, float] = attrs.Factory(dict)
+    top_logprobs: int | None = None
+    """None: no logprobs at all."""
+    ignore_eos: bool = False
+
+
+@attrs.frozen
+class GrammarRule:
+    """What the answer must look like, in GBNF."""
+
+    gbnf: str
+    root: str
+    begins_after: tuple[str, ...] = ()
+    """The answer is free up to the end of one of these texts, control tokens spelt out; (): bound at once."""
+
+
+@attrs.frozen
+class Picture:
+    """An image as the model sees it: 8 bits each of red, green, blue, row by row, in base64."""
+
+    width: int
+    height: int
+    rgb: str
+
+
+@attrs.frozen
 class Generate:
+    """`prompt` has one media marker (language/chat_template.py) per picture."""
+
     generation: int
     prompt: str
     max_tokens: int
+    sampler: SamplerSettings | None = None
+    """None: the parameters of the state."""
+    grammar: GrammarRule | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 @attrs.frozen
@@ -113,6 +172,8 @@ class Capacity:
     """Time of the first decode, an upper estimate of a token's."""
     offloaded: bool = False
     """A GPU computes: while the process waits for it, it may use no CPU time."""
+    n_batch: int = 0
+    """The most positions that one image may take."""
 
 
 class Finish(enum.StrEnum):
@@ -120,6 +181,15 @@ class Finish(enum.StrEnum):
     LENGTH = "length"
     STOPPED = "stopped"
     FAILED = "failed"
+    GRAMMAR_INVALID = "grammar_invalid"
+    GRAMMAR_REJECTED = "grammar_rejected"
+    IMAGE_INVALID = "image_invalid"
+    IMAGE_TOO_LARGE = "image_too_large"
+    """`image_tokens` is the size of that image."""
+
+
+Logprobs = tuple[tuple[str, float, tuple[tuple[str, float], ...]], ...]
+"""Per token: its text, control tokens spelt out, its logprob, and the likeliest (text, logprob) there."""
 
 
 @attrs.frozen
@@ -134,7 +204,10 @@ class Advance:
     finish: Finish | None
     failure: str
     prompt_tokens: int
+    """Of text; those of images are counted apart."""
     cached_prompt_tokens: int
+    image_tokens: int = 0
+    logprobs: Logprobs | None = None
 
 
 @attrs.frozen
@@ -145,6 +218,23 @@ class Turn:
 
 
 @attrs.frozen
+class Held:
+    """All generations whose tokens still lie in cells or in the host's cache: (generation, tokens).
+
+    Sent after the turn that changed it.
+    """
+
+    prefixes: tuple[tuple[int, int], ...]
+
+
+@attrs.frozen
+class Encoding:
+    """An image is being encoded; no turn can come before that is done."""
+
+    generation: int
+
+
+@attrs.frozen
 class Log:
     """A line of llama.cpp's log."""
 
@@ -152,7 +242,7 @@ class Log:
     text: str
 
 
-Report = Progress | ModelRefused | ModelDescription | ContextRefused | Capacity | Turn | Log
+Report = Progress | ModelRefused | ModelDescription | ContextRefused | Capacity | Turn | Held | Encoding | Log
 
 
 def pack(message: Command | Report) -> bytes:
@@ -168,6 +258,8 @@ def pack(message: Command | Report) -> bytes:
                 advance.failure,
                 advance.prompt_tokens,
                 advance.cached_prompt_tokens,
+                advance.image_tokens,
+                advance.logprobs,
             )
             for advance in message.advances
         ]
@@ -206,7 +298,21 @@ def _read_settings(content: dict[str, Any]) -> EngineSettings:
     ):
         parameters[name] = form(parameters[name])
     kv_layout = KvLayout(content.pop("kv_layout"))
-    return EngineSettings(parameters=InferenceParameters(**parameters), kv_layout=kv_layout, **content)
+    adapters = tuple(Adapter(**adapter) for adapter in content.pop("adapters"))
+    return EngineSettings(
+        parameters=InferenceParameters(**parameters), kv_layout=kv_layout, adapters=adapters, **content
+    )
+
+
+def _read_generate(content: dict[str, Any]) -> Generate:
+    sampler, grammar = content.pop("sampler"), content.pop("grammar")
+    if sampler is not None:
+        bias = {int(token): bias for token, bias in sampler.pop("logit_bias").items()}
+        sampler = SamplerSettings(logit_bias=bias, stop=tuple(sampler.pop("stop")), **sampler)
+    if grammar is not None:
+        grammar = GrammarRule(grammar["gbnf"], grammar["root"], tuple(grammar["begins_after"]))
+    pictures = tuple(Picture(**picture) for picture in content.pop("pictures"))
+    return Generate(**content, sampler=sampler, grammar=grammar, pictures=pictures)
 
 
 def _read_description(content: dict[str, Any]) -> ModelDescription:
@@ -218,7 +324,11 @@ def _read_capacity(content: dict[str, Any]) -> Capacity:
     return Capacity(layout=KvLayout(content.pop("layout")), **content)
 
 
-_ADVANCE_KINDS = {(int, list, str, finish, str, int, int) for finish in (NoneType, str)}
+_ADVANCE_KINDS = {
+    (int, list, str, finish, str, int, int, int, logprobs)
+    for finish in (NoneType, str)
+    for logprobs in (NoneType, list)
+}
 _TOKEN_KINDS = {int}
 
 
@@ -230,7 +340,7 @@ def _read_turn(content: Any) -> Turn:
     for row in content:
         if tuple(map(type, row)) not in _ADVANCE_KINDS:
             raise TypeError("an advance has other fields")
-        generation, tokens, text, finish, failure, prompt_tokens, cached_prompt_tokens = row
+        generation, tokens, text, finish, failure, prompt_tokens, cached, image_tokens, logprobs = row
         if not _TOKEN_KINDS.issuperset(map(type, tokens)):
             raise TypeError("a token is no integer")
         if not text.isascii():
@@ -243,10 +353,27 @@ def _read_turn(content: Any) -> Turn:
                 Finish(finish) if finish is not None else None,
                 failure,
                 prompt_tokens,
-                cached_prompt_tokens,
+                cached,
+                image_tokens,
+                None if logprobs is None else _read_logprobs(logprobs),
             )
         )
     return Turn(tuple(advances))
+
+
+def _read_logprobs(rows: list[Any]) -> Logprobs:
+    """Read what few requests ask for; JSON has no NaN, and our frames no infinity."""
+    return tuple(
+        (str(text), float(logprob), tuple((str(other), float(its)) for other, its in top))
+        for text, logprob, top in rows
+    )
+
+
+def _read_held(content: dict[str, Any]) -> Held:
+    pairs = tuple((generation, tokens) for generation, tokens in content["prefixes"])
+    if not all(type(number) is int for pair in pairs for number in pair):
+        raise TypeError("a held prefix is no pair of integers")
+    return Held(pairs)
 
 
 def _checked(read: Callable[[Any], Report]) -> Callable[[Any], Report]:
@@ -279,7 +406,7 @@ def _read_plain(form: Callable[..., M]) -> Callable[[Any], M]:
 COMMANDS: dict[str, Callable[[Any], Command]] = {
     "EngineSettings": _read_settings,
     "OpenContext": _read_plain(OpenContext),
-    "Generate": _read_plain(Generate),
+    "Generate": _read_generate,
     "Cancel": _read_plain(Cancel),
 }
 REPORTS: dict[str, Callable[[Any], Report]] = {
@@ -289,5 +416,7 @@ REPORTS: dict[str, Callable[[Any], Report]] = {
     "ContextRefused": _checked(_read_plain(ContextRefused)),
     "Capacity": _checked(_read_capacity),
     "Turn": _read_turn,
+    "Held": _read_held,
+    "Encoding": _checked(_read_plain(Encoding)),
     "Log": _checked(_read_plain(Log)),
 }

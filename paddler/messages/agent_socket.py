@@ -30,7 +30,7 @@ from paddler.messages.numbers import Int32, Uint32, Unsigned
 from paddler.messages.snapshots import ModelMetadata
 from paddler.messages.state import AgentIssue, ApplicableState, ChatTemplate, StateApplicationStatus
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Number of this protocol; unequal numbers refuse each other with one clear line."""
 
 PART_CHARACTERS = 256 * 1024
@@ -135,11 +135,26 @@ class Answer:
 
 
 @attrs.frozen
+class HeldPrefix:
+    """A request of this link whose tokens, prompt and answer, still lie in KV cells, from the first on."""
+
+    request: Unsigned
+    tokens: Unsigned
+
+
+@attrs.frozen
+class Held:
+    """All prefixes that the agent's slots hold now; replaces what was said before."""
+
+    prefixes: tuple[HeldPrefix, ...]
+
+
+@attrs.frozen
 class Goodbye:
     """The agent leaves in an orderly way."""
 
 
-AgentFrame = Register | Status | Answer | Heartbeat | Goodbye
+AgentFrame = Register | Status | Answer | Held | Heartbeat | Goodbye
 
 Piece = tuple[int, str, str]
 """(request, letter, JSON text)."""

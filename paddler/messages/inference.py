@@ -8,6 +8,7 @@ from typing import Any, Literal
 import attrs
 
 from paddler.messages.numbers import Float32, Int32
+from paddler.messages.sampling import Sampling
 
 
 @attrs.frozen
@@ -33,11 +34,35 @@ ContentPart = TextPart | ImagePart
 
 
 @attrs.frozen
+class CalledFunction:
+    """What the assistant called; `arguments` are a JSON object or a string that holds one."""
+
+    name: str
+    arguments: Any
+
+
+@attrs.frozen
+class CalledTool:
+    """A tool call of an earlier assistant message."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
+@attrs.frozen
 class ConversationMessage:
-    """One turn; `role` is free text and reaches the chat template unchanged."""
+    """One turn; `role` is free text and reaches the chat template unchanged.
+
+    All but `role` and `content` are beyond Paddler 4.1: the history of tool calls and of reasoning.
+    """
 
     role: str
     content: str | tuple[ContentPart, ...]
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: tuple[CalledTool, ...] | None = None
 
 
 @attrs.frozen
@@ -82,17 +107,31 @@ class Tool:
 
 
 @attrs.frozen
+class NamedTool:
+    """A tool that the answer must call; `{"NamedTool": {"name": …}}`."""
+
+    name: str
+
+
+ToolChoice = Literal["auto", "none", "required"] | NamedTool
+
+
+@attrs.frozen
 class ContinueFromRawPrompt:
-    """Generate from an already rendered prompt."""
+    """Generate from an already rendered prompt. `sampling` is beyond Paddler 4.1."""
 
     max_tokens: Int32
     raw_prompt: str
     grammar: Grammar | None = None
+    sampling: Sampling | None = None
 
 
 @attrs.frozen
 class ContinueFromConversationHistory:
-    """Render a conversation with the chat template, then generate."""
+    """Render a conversation with the chat template, then generate.
+
+    Beyond Paddler 4.1: `documents` (for templates that know them), `sampling` and `tool_choice`.
+    """
 
     add_generation_prompt: bool
     conversation_history: tuple[ConversationMessage, ...]
@@ -101,6 +140,9 @@ class ContinueFromConversationHistory:
     grammar: Grammar | None = None
     parse_tool_calls: bool = False
     tools: tuple[Tool, ...] = ()
+    documents: tuple[dict[str, Any], ...] | None = None
+    sampling: Sampling | None = None
+    tool_choice: ToolChoice = "auto"
 
 
 TokenRequest = ContinueFromRawPrompt | ContinueFromConversationHistory

@@ -112,6 +112,86 @@ class ToolSchemaInvalid:
     payload: str
 
 
+# What may come between tokens; written whole, letter E of the step frame.
+
+
+@attrs.frozen
+class ValidJson:
+    payload: Any
+
+
+@attrs.frozen
+class InvalidJson:
+    payload: str
+
+
+ToolCallArguments = ValidJson | InvalidJson
+
+
+@attrs.frozen
+class ParsedToolCall:
+    """One call; ids that the model did not give are `call_0`, `call_1`, … within the event."""
+
+    id: str
+    name: str
+    arguments: ToolCallArguments
+
+
+@attrs.frozen
+class ToolCallParsed:
+    """A finished tool call section; no call when the parser found none."""
+
+    payload: tuple[ParsedToolCall, ...]
+
+
+@attrs.frozen
+class ToolCallParseFailed:
+    payload: str
+
+
+@attrs.frozen
+class ToolCallValidationFailed:
+    payload: tuple[str, ...]
+
+
+@attrs.frozen
+class UnrecognizedToolCallFormat:
+    text: str
+    ffi_error_message: str
+
+
+@attrs.frozen
+class TokenLogprob:
+    """A token's text, with control tokens spelt out, and the natural logarithm of its probability."""
+
+    token: str
+    logprob: float
+
+
+@attrs.frozen
+class ChosenLogprob:
+    """The token that was chosen, and the likeliest ones at its place, likeliest first."""
+
+    token: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@attrs.frozen
+class TokenLogprobs:
+    """Beyond Paddler 4.1, only for requests that ask: the tokens since the last of these."""
+
+    payload: tuple[ChosenLogprob, ...]
+
+
+Event = (
+    ToolCallParsed
+    | ToolCallParseFailed
+    | ToolCallValidationFailed
+    | UnrecognizedToolCallFormat
+    | TokenLogprobs
+)
+
 Terminal = (
     Done
     | ChatTemplateError

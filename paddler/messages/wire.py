@@ -15,6 +15,7 @@ from cattrs.gen import make_dict_unstructure_fn
 
 from paddler.errors import RemoteProtocolError
 from paddler.messages import agent_socket, inference, inference_socket, state, tokens
+from paddler.messages.sampling import Sampling
 from paddler.messages.strict_json import (
     INVALID,
     MAX_NAME_CHARACTERS,
@@ -234,7 +235,10 @@ _register_internally_tagged(
 for _family in (
     inference.TokenRequest,
     inference.NormalizationMethod,
+    inference.ToolChoice,
     inference_socket.ClientFrame,
+    tokens.ToolCallArguments,
+    tokens.Event,
     tokens.Terminal,
     state.ModelSource,
     state.AgentIssue,
@@ -252,7 +256,15 @@ converter.register_unstructure_hook(
 for _enum in (state.KvCacheDtype, state.PoolingType, state.StateApplicationStatus):
     converter.register_structure_hook(_enum, structure_enum)
 
-for _class in (inference.ToolParameters, inference.ToolFunction):
+for _class in (
+    inference.ToolParameters,
+    inference.ToolFunction,
+    inference.ConversationMessage,
+    inference.CalledTool,
+    Sampling,
+    inference.ContinueFromRawPrompt,
+    inference.ContinueFromConversationHistory,
+):
     converter.register_unstructure_hook(
         _class, make_dict_unstructure_fn(_class, converter, _cattrs_omit_if_default=True)
     )
