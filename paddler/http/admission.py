@@ -2,11 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from paddler.messages.inference import (
-    ContinueFromConversationHistory,
-    TokenRequest,
-    undeclared_required_field,
-)
+from paddler.messages.inference import TokenRequest, tool_choice_objection, undeclared_required_field
+from paddler.messages.sampling import sampling_objection
 
 if TYPE_CHECKING:
     from paddler.messages.state import ApplicableState
@@ -19,9 +16,14 @@ def is_embeddings_mode(state: "ApplicableState | None") -> bool:
 
 def invalid_parameters(message: TokenRequest) -> str | None:
     """Return why this well-formed request cannot be served, or None."""
+    objection = _objection(message)
+    return None if objection is None else f"Invalid request parameters: {objection}"
+
+
+def _objection(message: TokenRequest) -> str | None:
     name = undeclared_required_field(message)
     if name is not None:
-        return f"Invalid request parameters: Required field '{name}' not found in properties"
-    if isinstance(message, ContinueFromConversationHistory) and message.parse_tool_calls:
-        return "Invalid request parameters: parse_tool_calls is not supported yet"
-    return None
+        return f"Required field '{name}' not found in properties"
+    if message.sampling is not None and (objection := sampling_objection(message.sampling)) is not None:
+        return objection
+    return tool_choice_objection(message)

@@ -180,3 +180,17 @@ def undeclared_required_field(request: TokenRequest) -> str | None:
             if name not in parameters.properties:
                 return name
     return None
+
+
+def tool_choice_objection(request: TokenRequest) -> str | None:
+    """Return why the `tool_choice` of a request cannot be honoured, or None."""
+    if isinstance(request, ContinueFromRawPrompt) or request.tool_choice in ("auto", "none"):
+        return None
+    if not request.tools:
+        return "`tool_choice` requires a call, but there are no tools"
+    if request.grammar is not None:
+        return "`tool_choice` requires a call, which a grammar would not allow"
+    names = {tool.function.name for tool in request.tools}
+    if isinstance(request.tool_choice, NamedTool) and request.tool_choice.name not in names:
+        return f"`tool_choice` names '{request.tool_choice.name[:100]}', which is not among the tools"
+    return None

@@ -94,13 +94,6 @@ async def test_a_raw_prompt_over_the_socket() -> None:
         assert all("Response" in message for message in messages)
 
 
-async def test_parsing_of_tool_calls_is_refused_until_it_is_there() -> None:
-    body = conversation("Hello", tools=[TOOL], parse_tool_calls=True)
-    async with cluster(agents=0) as running, running.post(body) as response:
-        assert response.status_code == 400
-        assert await response.text() == ("Invalid request parameters: parse_tool_calls is not supported yet")
-
-
 async def test_tools_and_history_reach_the_template() -> None:
     history = [
         {"role": "user", "content": "My name is Ada."},

@@ -50,8 +50,8 @@ TURN = Turn((Advance(1, (5,), "a", None, "", 3, 0),))
         (b"\x02\0\0\0{{", "an unreadable frame"),
         (b"\xff" * 4, "a frame of 4294967295 bytes on its pipe"),
         (frame(["Log", {"level": "loud", "text": "a"}]), "level is of another type"),
-        (frame(["Turn", [[[], [5], "a", None, "", 3, 0]]]), "an advance has other fields"),
-        (frame(["Turn", [[1, [None], "a", None, "", 3, 0]]]), "a token is no integer"),
+        (frame(["Turn", [[[], [5], "a", None, "", 3, 0, 0, None]]]), "an advance has other fields"),
+        (frame(["Turn", [[1, [None], "a", None, "", 3, 0, 0, None]]]), "a token is no integer"),
     ],
 )
 async def test_an_engine_that_breaks_the_rules_is_killed_and_counts_as_dead(said: bytes, cause: str) -> None:

@@ -181,13 +181,6 @@ async def test_checks_come_in_the_documented_order() -> None:
             400,
             "Invalid request parameters: Required field 'country' not found in properties",
         )
-        answer = await client.request(
-            "POST", CONVERSATION, conversation(tools=[tool(["city"])], parse_tool_calls=True)
-        )
-        assert (answer.status, answer.text) == (
-            400,
-            "Invalid request parameters: parse_tool_calls is not supported yet",
-        )
         answer = await client.request("POST", CONVERSATION, conversation(tools=[tool(["city"])]))
         assert answer.status == 200
 

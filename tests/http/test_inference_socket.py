@@ -160,7 +160,14 @@ async def test_every_change_of_mode_gives_one_notification_and_other_changes_non
             },
             "Invalid request parameters: Required field 'x' not found in properties",
         ),
-        ({"parse_tool_calls": True}, "Invalid request parameters: parse_tool_calls is not supported yet"),
+        (
+            {"tool_choice": "required"},
+            "Invalid request parameters: `tool_choice` requires a call, but there are no tools",
+        ),
+        (
+            {"sampling": {"temperature": -1}},
+            "Invalid request parameters: `sampling.temperature` must be between 0 and 100",
+        ),
     ],
 )
 async def test_invalid_parameters_are_an_error_of_their_id_only(changes: dict[str, Any], text: str) -> None:

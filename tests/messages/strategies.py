@@ -36,7 +36,12 @@ def messages_of(form: Any) -> st.SearchStrategy[Any]:
         return st.lists(messages_of(arguments[0]), max_size=2).map(tuple)
     if origin is dict:
         return st.dictionaries(st.text(max_size=5), messages_of(arguments[1]), max_size=2)
-    plain = {str: st.text(max_size=20), bool: st.booleans(), type(None): st.none()}
+    plain = {
+        str: st.text(max_size=20),
+        bool: st.booleans(),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        type(None): st.none(),
+    }
     return plain[form]
 
 

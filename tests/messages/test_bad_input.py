@@ -75,11 +75,14 @@ REFUSED: list[tuple[tuple[Any, Any], str]] = [
     ),
     (without("model", DesiredState, DEFAULT_STATE_JSON), "missing field `model` @ $.model"),
     (raw_prompt(top_k=1, seed=2), "unknown field `seed`, `top_k`"),
+    (raw_prompt(sampling={"topk": 1}), "unknown field `topk` @ $.sampling"),
+    (raw_prompt(sampling={"top_k": 2**31}), "integer 2147483648 is out of range @ $.sampling.top_k"),
+    (raw_prompt(sampling={"seed": -1}), "integer -1 is out of range @ $.sampling.seed"),
     (state(extra=1), "unknown field `extra`"),
     (parameters(seed=1), "unknown field `seed` @ $.inference_parameters"),
     (
-        turn(role="user", content="x", name="a"),
-        "unknown field `name` @ $.conversation_history[0]",
+        turn(role="user", content="x", nickname="a"),
+        "unknown field `nickname` @ $.conversation_history[0]",
     ),
     (turn(role="user"), "missing field `content` @ $.conversation_history[0].content"),
     # content
@@ -165,7 +168,7 @@ REFUSED: list[tuple[tuple[Any, Any], str]] = [
     ),
     (
         (AgentFrame, "Bye"),
-        "unknown variant `Bye`, expected one of `Answer`, `Goodbye`, `Heartbeat`, `Register`, `Status`",
+        "unknown variant `Bye`, expected one of `Answer`, `Goodbye`, `Heartbeat`, `Held`, `Register`, `Status`",
     ),
 ]
 

@@ -234,7 +234,7 @@ BOTH_WAYS: list[tuple[Any, Any, Any]] = [
             "Request": {
                 "id": "my-1",
                 "request": {
-                    "ContinueFromRawPrompt": {"max_tokens": 16, "raw_prompt": "Once", "grammar": None}
+                    "ContinueFromRawPrompt": {"max_tokens": 16, "raw_prompt": "Once"}
                 },
             }
         },
@@ -305,7 +305,7 @@ BOTH_WAYS: list[tuple[Any, Any, Any]] = [
         {
             "Generate": {
                 "request": 5,
-                "body": {"ContinueFromRawPrompt": {"max_tokens": 1, "raw_prompt": "x", "grammar": None}},
+                "body": {"ContinueFromRawPrompt": {"max_tokens": 1, "raw_prompt": "x"}},
             }
         },
     ),
@@ -344,7 +344,7 @@ def test_a_message_has_its_documented_shape(form: Any, message: Any, value: Any)
         ),
         (
             ContinueFromRawPrompt,
-            {"max_tokens": -1, "raw_prompt": "x", "grammar": None},
+            {"max_tokens": -1, "raw_prompt": "x"},
             ContinueFromRawPrompt(-1, "x", None),
         ),
         (

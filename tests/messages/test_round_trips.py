@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddler.messages import agent_socket, inference, inference_socket, snapshots, state, tokens
+from paddler.messages import agent_socket, inference, inference_socket, sampling, snapshots, state, tokens
 from paddler.messages.agent_socket import AgentFrame, AgentStatus, BalancerFrame
 from paddler.messages.inference import (
     ContentPart,
@@ -19,7 +19,7 @@ from paddler.messages.inference import (
 from paddler.messages.inference_socket import ClientFrame
 from paddler.messages.snapshots import AgentsSnapshot, BufferedRequestsSnapshot, ModelMetadata
 from paddler.messages.state import AgentIssue, ApplicableState, DesiredState, InferenceParameters, ModelSource
-from paddler.messages.tokens import StreamError, Terminal, Usage
+from paddler.messages.tokens import Event, StreamError, Terminal, Usage
 from paddler.messages.wire import decode, encode
 from tests.messages.strategies import messages_of
 
@@ -34,6 +34,7 @@ FORMS = {
     "ClientFrame": ClientFrame,
     "ContentPart": ContentPart,
     "DesiredState": DesiredState,
+    "Event": Event,
     "GenerateEmbeddingBatch": GenerateEmbeddingBatch,
     "Grammar": Grammar,
     "InferenceParameters": InferenceParameters,
@@ -60,7 +61,7 @@ def test_a_message_survives_the_wire(form: Any, data: st.DataObject) -> None:
 
 
 def test_the_list_above_reaches_every_message_class() -> None:
-    modules = (agent_socket, inference, inference_socket, snapshots, state, tokens)
+    modules = (agent_socket, inference, inference_socket, sampling, snapshots, state, tokens)
     written = {
         value
         for module in modules
