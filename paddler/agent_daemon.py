@@ -10,7 +10,7 @@ import logging
 import trio
 
 from paddler.agent.balancer_link import new_agent_id, stay_connected
-from paddler.agent.link_session import LinkSession, Receive, Send
+from paddler.agent.link_session import Connection, LinkSession
 from paddler.agent.model_service import ModelService
 from paddler.agent.preparation import open_preparation
 from paddler.agent.reconciliation import Reconciliation
@@ -34,19 +34,22 @@ async def run(
     board = StatusBoard(slots=config.slots)
     threads = config.threads or engine_threads(shared_host=is_local(config.management_address.host))
     async with open_preparation(timeout=config.preparation_timeout) as preparation:
-        slots = Slots(renderer=preparation)
+        slots = Slots(preparer=preparation)
         service = ModelService(
             board=board,
             slots=slots,
-            renderer=preparation,
+            preparer=preparation,
             open_engine=open_engine,
             engine_timeouts=config.engine_timeouts,
             kv_layout=config.kv_layout,
             threads=threads,
+            exact=config.exact,
+            prefix_cache=config.prefix_cache,
+            prefix_cache_bytes=config.prefix_cache_bytes,
         )
         reconciliation = Reconciliation(board=board, slots=slots, service=service)
 
-        def open_session(receive: Receive, send: Send) -> LinkSession:
+        def open_session(connection: Connection) -> LinkSession:
             return LinkSession(
                 name=config.name,
                 board=board,
@@ -54,8 +57,7 @@ async def run(
                 reconciliation=reconciliation,
                 liveness_timeout=config.liveness_timeout,
                 farewell_timeout=config.disconnect_timeout,
-                receive=receive,
-                send=send,
+                connection=connection,
             )
 
         async def stay_linked() -> None:

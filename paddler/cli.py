@@ -28,7 +28,9 @@ from paddler.flag_values import (
     duration,
     integer,
     kv_layout,
+    mebibytes,
     not_yet,
+    on_or_off,
     reporting_interval,
     state_database,
 )
@@ -42,6 +44,7 @@ CONFIG_FIELDS = {
     "--inference-cors-allowed-host": "inference_cors_allowed_hosts",
     "--management-addr": "management_address",
     "--management-cors-allowed-host": "management_cors_allowed_hosts",
+    "--prefix-cache-memory": "prefix_cache_bytes",
     "--statsd-addr": "statsd_address",
 }
 """Flags whose field in config.py is not called like them."""
@@ -128,8 +131,8 @@ def _with_services(given: dict[str, Any]) -> dict[str, Any]:
 
 def _single_node(given: dict[str, Any]) -> tuple[BalancerConfig, AgentConfig]:
     agent: dict[str, Any] = {"name": socket.gethostname() or "local", "slots": SLOTS_OF_A_SINGLE_NODE}
-    for field in ("kv_layout", "name", "slots", "threads"):
-        if field in given:
+    for field in attrs.fields_dict(AgentConfig):
+        if field in given and field != "management_address":
             agent[field] = given.pop(field)
     balancer = BalancerConfig(**_with_services(given))
     return balancer, AgentConfig(management_address=balancer.management_address, **agent)
@@ -161,7 +164,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Store a value; refuse a second one."""
+    """Store a value, or the constant of a flag that takes none; refuse a second one."""
 
     def __call__(  # argparse calls it with the parser and the flag, too
         self,
@@ -172,7 +175,7 @@ class _Once(argparse.Action):
     ) -> None:
         if hasattr(namespace, self.dest):
             raise argparse.ArgumentError(self, "may be given only once")
-        setattr(namespace, self.dest, values)
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
 
 
 def _build_parser() -> _Parser:
@@ -233,8 +236,17 @@ def _origin_help(service: str) -> str:
 
 def _add_agent_flags(parser: _Parser, *, slots_required: bool) -> None:
     add = partial(_add_flag, parser)
+    parser.add_argument(
+        "--exact",
+        action=_Once,
+        nargs=0,
+        const=True,
+        help="the same answer whatever else runs, also with several threads; slower",
+    )
     add("--kv-layout", kv_layout, "LAYOUT", "auto, shared or per-slot: how slots get KV cache")
     add("--name", str, "TEXT", "shown to people, sent as `generated_by`")
+    add("--prefix-cache", on_or_off, "on|off", "compute no beginning of a prompt that a slot still holds")
+    add("--prefix-cache-memory", mebibytes, "MIB", "host memory for what slots can no longer hold")
     slots_default = "" if slots_required else f" (default: {SLOTS_OF_A_SINGLE_NODE})"
     add("--slots", integer(1), "N", f"requests handled in parallel{slots_default}", required=slots_required)
     add("--threads", integer(1), "N", "threads of the engine (default: chosen by the host)")
@@ -268,6 +280,8 @@ def _default_of(field: str, kind: Callable[[str], Any]) -> str:
         default = getattr(getattr(attrs.fields(config), field, None), "default", None)
         if isinstance(default, float) and kind in (duration, reporting_interval):
             return f" (default: {round(default * 1000)})"
+        if isinstance(default, bool):
+            return f" (default: {'on' if default else 'off'})"
         if isinstance(default, (int, str)):
             return f" (default: {default})"
     return ""

@@ -84,6 +84,8 @@ class EngineTimeouts:
     """Without a progress report while loading."""
     step: float = 30.0
     """Until a frame comes while work is open; 20 times the slowest turn when that is longer."""
+    encode: float = 600.0
+    """Instead of `step` while an image is encoded, which is one call of unknown length."""
     standstill: float = 2.0
     """Child stopped, or its CPU time standing still, while work is open; `step` alone bounds the wait for a
     disk, and for a GPU, which take no CPU time either."""
@@ -101,6 +103,12 @@ class AgentConfig:
     kv_layout: KvLayout = KvLayout.AUTO
     threads: int | None = None
     """Engine threads; None chooses by the host."""
+    exact: bool = False
+    """The same tokens whatever else runs; see docs/agent.md for its price."""
+    prefix_cache: bool = True
+    """Keep the cells of finished generations for requests that begin alike."""
+    prefix_cache_bytes: int = 0
+    """Host memory for prefixes whose cells were needed."""
     liveness_timeout: float = 12.0
     connect_timeout: float = 5.0
     disconnect_timeout: float = 1.0

@@ -76,6 +76,17 @@ def kv_layout(text: str) -> KvLayout:
         raise argparse.ArgumentTypeError(f"expected auto, shared or per-slot, got {text!r}") from None
 
 
+def mebibytes(text: str) -> int:
+    """Read mebibytes, return bytes."""
+    return integer(0)(text) << 20
+
+
+def on_or_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
+    return text == "on"
+
+
 def not_yet(service: str) -> Callable[[str], NoReturn]:
     """Return a reader of addresses that says what is missing, once the value is right."""
 

@@ -87,17 +87,58 @@ def test_every_flag_of_the_agent_reaches_its_setting() -> None:
     assert parse_agent() == AgentConfig(
         management_address=Address(LOCAL, 8060, "127.0.0.1:8060"), slots=4, name=None
     )
-    config = parse_agent("--name", "a", "--kv-layout", "per-slot", "--threads", "2")
-    assert (config.name, config.kv_layout, config.threads) == ("a", KvLayout.PER_SLOT, 2)
+    config = parse_agent(
+        "--exact",
+        "--kv-layout=per-slot",
+        "--name=a",
+        "--prefix-cache=off",
+        "--prefix-cache-memory=3",
+        "--threads=2",
+    )
+    assert config == AgentConfig(
+        management_address=Address(LOCAL, 8060, "127.0.0.1:8060"),
+        slots=4,
+        exact=True,
+        kv_layout=KvLayout.PER_SLOT,
+        name="a",
+        prefix_cache=False,
+        prefix_cache_bytes=3 * 1024 * 1024,
+        threads=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--exact=on", "argument --exact: ignored explicit argument 'on'"),
+        ("--prefix-cache=yes", "argument --prefix-cache: expected on or off, got 'yes'"),
+        (
+            "--prefix-cache-memory=-1",
+            f"argument --prefix-cache-memory: must be between 0 and {2**31 - 1}, got -1",
+        ),
+        ("--prefix-cache-memory=1G", "argument --prefix-cache-memory: expected an integer, got '1G'"),
+    ],
+)
+def test_other_settings_of_the_cache_are_refused(
+    flag: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, "agent", "--management-addr=127.0.0.1:8060", "--slots=4", flag)
+    assert line == f"paddler agent: error: {reason}"
+
+
+def test_a_flag_without_a_value_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, "up", "--exact", "--exact")
+    assert line == "paddler up: error: argument --exact: may be given only once"
 
 
 def test_up_is_a_balancer_and_a_named_agent_beside_it() -> None:
-    match parse(["up", "--management-addr", "127.0.0.1:7", "--threads=1"]):
+    match parse(["up", "--management-addr", "127.0.0.1:7", "--threads=1", "--exact", "--prefix-cache=off"]):
         case (BalancerConfig() as balancer, AgentConfig() as agent):
             assert balancer.management_address == agent.management_address
             assert balancer.management_address.port == 7
             assert balancer.inference_address.port == 8061
             assert (agent.slots, agent.threads) == (4, 1)
+            assert (agent.exact, agent.prefix_cache) == (True, False)
             assert agent.name
         case other:
             pytest.fail(f"unexpected {other}")

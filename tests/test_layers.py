@@ -32,16 +32,23 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room → the other rooms of paddler that it may import. A new room is drawn here first."""
 
 IMPURE = {"trio", "quart", "quart_trio", "time", "threading", "llama_cpp", "asyncio", "socket", "subprocess"}
-PURE_ENGINE_MODULES = {"sequences", "scheduler", "prefixes", "layout", "embeddings", "pipe"}
+PURE_ENGINE_MODULES = {
+    "embeddings", "gbnf", "integer_grammar", "json_schema_grammar", "layout", "pattern_grammar", "pipe",
+    "prefixes", "scheduler", "sequences", "stop_strings",
+}  # fmt: skip
 
 DOORS: dict[str, set[str]] = {
+    "PIL": {"agent.pictures"},
     "cattrs": {"messages.strict_json", "messages.wire"},
     "h11": {"http.connection"},
     "httpx": set(),
     "hypercorn": {"http.connection"},
     "huggingface_hub": set(),
-    "jinja2": {"language.chat_template"},
-    "llama_cpp": {"engine.context", "engine.llama"},
+    "jinja2": {"language.template_environment"},
+    "jsonschema": {"language.tool_schemas"},
+    "llama_cpp": {"engine.adapters", "engine.context", "engine.images", "engine.llama"},
+    "referencing": {"language.tool_schemas"},
+    "resvg_py": {"agent.pictures"},
     "statsd": {"balancer.metrics"},
     "trio_websocket": {"agent.balancer_link"},
     "wsproto": {"http.connection"},

@@ -4,6 +4,7 @@ The only importer of trio_websocket here; what is said on the link is in link_se
 """
 
 import logging
+import os
 import random
 import secrets
 import string
@@ -14,7 +15,7 @@ import attrs
 import trio
 from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
 
-from paddler.agent.link_session import Receive, Send
+from paddler.agent.link_session import Connection
 from paddler.config import MAX_LINK_MESSAGE_BYTES, Address
 
 FIRST_PAUSE = 0.1
@@ -28,6 +29,8 @@ MESSAGE_QUEUE_SIZE = 64
 """With the library's 1, two unread messages keep it from answering pings."""
 
 RECEIVE_BUFFER_BYTES = 65536
+SEND_BYTES = 65536
+"""At most so much of what waits to be sent is offered to the kernel at a time."""
 
 _ID_LENGTH = 21
 _ID_ALPHABET = string.ascii_letters + string.digits + "_-"
@@ -49,7 +52,7 @@ def new_agent_id() -> str:
 
 
 async def stay_connected(
-    open_session: Callable[[Receive, Send], Session],
+    open_session: Callable[[Connection], Session],
     *,
     address: Address,
     agent_id: str,
@@ -82,7 +85,7 @@ async def stay_connected(
 class _Attempt:
     """One connection, from the first packet to the last; `problem` says why it is no more."""
 
-    open_session: Callable[[Receive, Send], Session]
+    open_session: Callable[[Connection], Session]
     connect_timeout: float
     disconnect_timeout: float
     session: Session | None = None
@@ -114,11 +117,12 @@ class _Attempt:
 
         The library's own open_websocket() may wait for ever for a peer that accepts and never answers.
         """
+        socket = WriteThrough(stream)
         async with stream, trio.open_nursery() as library:
             with trio.move_on_after(self.connect_timeout) as handshake:
                 websocket = await wrap_client_stream(
                     library,
-                    stream,
+                    socket,  # type: ignore[arg-type]  # it says sockets, and uses what all streams have
                     host,
                     resource,
                     message_queue_size=MESSAGE_QUEUE_SIZE,
@@ -128,8 +132,7 @@ class _Attempt:
             if handshake.cancelled_caught:
                 self.problem = f"it did not answer the WebSocket handshake within {self.connect_timeout:g} s"
             else:
-                connection = _Connection(websocket)
-                self.session = self.open_session(connection.receive, connection.send)
+                self.session = self.open_session(_LinkConnection(websocket, socket))
                 began = trio.current_time()
                 try:
                     self.problem = await self.session.run()
@@ -141,10 +144,15 @@ class _Attempt:
 
 
 @attrs.frozen
-class _Connection:
-    """Text over a WebSocket; a closed one raises EOFError."""
+class _LinkConnection:
+    """Text over a WebSocket; a closed one raises EOFError.
+
+    Messages go past the library: its send costs three rounds of the event loop, ours none while the
+    kernel takes them. What the library sends of itself, pongs and the end, takes the same way below it.
+    """
 
     websocket: WebSocketConnection
+    socket: "WriteThrough"
 
     async def receive(self) -> str:
         try:
@@ -153,8 +161,83 @@ class _Connection:
             raise EOFError from None
         return message if isinstance(message, str) else message.decode(errors="replace")
 
-    async def send(self, text: str) -> None:
+    def write(self, text: str) -> bool:
+        if self.websocket.closed is not None:  # set before its last frame is sent, which nothing may follow
+            raise EOFError
         try:
-            await self.websocket.send_message(text)
-        except ConnectionClosed:
+            return self.socket.write(text_frame(text.encode(), mask=os.urandom(4)))
+        except trio.BrokenResourceError:
             raise EOFError from None
+
+    async def flush(self) -> None:
+        try:
+            await self.socket.flush()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise EOFError from None
+
+
+class WriteThrough(trio.abc.Stream):
+    """A TCP stream that can also be written to by plain calls.
+
+    All bytes leave in the order in which they were written, whoever wrote them: what the kernel does not
+    take is kept and goes first. Cancelling a send or a flush leaves the rest to the next one.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._unsent = bytearray()
+        self._flushing = trio.Lock()
+
+    def write(self, data: bytes) -> bool:
+        """Take data without a limit; say whether nothing is left to flush. Raises BrokenResourceError."""
+        if not self._unsent:
+            try:
+                sent = os.write(self._stream.socket.fileno(), data)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                raise trio.BrokenResourceError from error
+            if sent == len(data):
+                return True
+            data = data[sent:]
+        self._unsent += data
+        return False
+
+    async def flush(self) -> None:
+        """Wait until the kernel has taken all. Raises BrokenResourceError, ClosedResourceError."""
+        async with self._flushing:
+            while self._unsent:
+                # Of the two ways to send, the one that tells what it sent; a cancelled one sent nothing.
+                try:
+                    sent = await self._stream.socket.send(bytes(self._unsent[:SEND_BYTES]))
+                except OSError as error:
+                    raise trio.BrokenResourceError from error
+                del self._unsent[:sent]
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        self.write(bytes(data))
+        await self.flush()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.flush()
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def text_frame(text: bytes, *, mask: bytes) -> bytes:
+    """Return a client's WebSocket frame with a whole text message in UTF-8 (RFC 6455, 5.2)."""
+    size = len(text)
+    if size < 126:
+        head = bytes((0x81, 0x80 | size))
+    elif size < 1 << 16:
+        head = b"\x81\xfe" + size.to_bytes(2)
+    else:
+        head = b"\x81\xff" + size.to_bytes(8)
+    key = (mask * (size // 4 + 1))[:size]
+    masked = int.from_bytes(text) ^ int.from_bytes(key)  # one operation, however many bytes
+    return head + mask + masked.to_bytes(size)

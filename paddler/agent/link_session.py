@@ -1,13 +1,11 @@
 """One connection to the balancer: its frames, from the greeting to the farewell.
 
-It knows nothing of WebSockets: it is given a way to receive and a way to send text, which raise
-EOFError when the connection is closed.
+It knows nothing of WebSockets: it is given a connection that takes and gives text.
 """
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any, assert_never, cast
+from typing import Any, Protocol, assert_never, cast
 
 import attrs
 import trio
@@ -24,9 +22,11 @@ from paddler.messages.agent_socket import (
     Answer,
     Ask,
     BalancerFrame,
+    Embed,
     Generate,
     Goodbye,
     Heartbeat,
+    Held,
     Part,
     Piece,
     Register,
@@ -39,9 +39,6 @@ from paddler.messages.agent_socket import (
 from paddler.messages.tokens import Done, Terminal, Usage
 from paddler.messages.wire import decode, encode
 
-Receive = Callable[[], Awaitable[str]]
-Send = Callable[[str], Awaitable[None]]
-
 MAX_OUTBOX_CHARACTERS = MAX_LINK_MESSAGE_BYTES
 """A balancer that has not read that much loses its link."""
 
@@ -51,8 +48,25 @@ _STOPPED_BEFORE_IT_CAME = encode(Done(Usage()), Terminal)
 logger = logging.getLogger(__name__)
 
 
+class Connection(Protocol):
+    """Text messages in both directions; each call raises EOFError when the connection is closed."""
+
+    async def receive(self) -> str: ...
+
+    def write(self, text: str) -> bool:
+        """Take a message, behind those before it; say whether nothing is left to flush."""
+
+    async def flush(self) -> None:
+        """Wait until all that was written has been sent. Cancelled, it may leave half a message."""
+
+
 class LinkSession:
-    """The agent's side of one connection."""
+    """The agent's side of one connection.
+
+    Frames are written through: while the writer is *parked* nothing waits to be sent, and a frame goes
+    to the socket by a plain call. What is not taken there wakes the writer, and until it has parked
+    again frames line up in the outbox.
+    """
 
     def __init__(
         self,
@@ -63,8 +77,7 @@ class LinkSession:
         reconciliation: Reconciliation,
         liveness_timeout: float,
         farewell_timeout: float,
-        receive: Receive,
-        send: Send,
+        connection: Connection,
     ) -> None:
         self._name = name
         self._board = board
@@ -72,17 +85,17 @@ class LinkSession:
         self._reconciliation = reconciliation
         self._liveness_timeout = liveness_timeout
         self._farewell_timeout = farewell_timeout
-        self._receive = receive
-        self._send = send
+        self._connection = connection
         self._scope = trio.CancelScope()
         self._reason = ""
         self._registered = self._board.status
         self.was_accepted = False
         self._outbox: deque[str | None] = deque()  # None stands for the status of the moment it is sent
         self._outbox_characters = 0
-        self._filled = trio.Event()
         self._is_status_due = False
-        self._is_sending = False
+        self._is_parked = False
+        self._is_flushed = True
+        self._wakeup = trio.Event()
         self._parts: dict[int, _Parts] = {}
         self._stopped_midway: set[int] = set()  # what still comes of them is dropped, up to the last part
 
@@ -92,7 +105,7 @@ class LinkSession:
         Cancelled, it says goodbye, unless a frame was left half sent. Requests end with it.
         """
         try:
-            with self._slots.connected(self._send_step), self._scope:
+            with self._slots.connected(self._send_step, self._send_held), self._scope:
                 await self._greet()
                 if not self._reason:
                     self.was_accepted = True
@@ -108,8 +121,9 @@ class LinkSession:
         register = Register(PROTOCOL, paddler.__version__, self._name, self._registered)
         try:
             with trio.fail_after(self._liveness_timeout):
-                await self._send_whole(encode(register, AgentFrame))
-                welcome = decode(await self._receive(), _BALANCER_FRAME)
+                self._is_flushed = self._connection.write(encode(register, AgentFrame))
+                await self._flush()
+                welcome = decode(await self._connection.receive(), _BALANCER_FRAME)
         except trio.TooSlowError:
             self._end(f"it did not answer within {self._liveness_timeout:g} s")
         except RemoteProtocolError:
@@ -145,7 +159,7 @@ class LinkSession:
         try:
             while True:
                 with trio.fail_after(self._liveness_timeout):
-                    text = await self._receive()
+                    text = await self._connection.receive()
                 self._take(decode(text, _BALANCER_FRAME), requests)
         except trio.TooSlowError:
             self._end(f"no sign of life for {self._liveness_timeout:g} s")
@@ -158,7 +172,7 @@ class LinkSession:
         match frame:
             case SetState(state):
                 self._reconciliation.receive(state)
-            case Generate(number, body):
+            case Generate(number, body) | Embed(number, body):
                 requests.start_soon(self._slots.run, self._slots.accept(number, body))
             case Part():
                 self._take_part(frame, requests)
@@ -188,7 +202,7 @@ class LinkSession:
             raise RemoteProtocolError(f"request {part.request} is longer than {MAX_LINK_MESSAGE_BYTES} bytes")
         if part.last:
             frame = decode("".join(self._parts.pop(part.request).texts), _BALANCER_FRAME)
-            if not isinstance(frame, Generate) or frame.request != part.request:
+            if not isinstance(frame, Generate | Embed) or frame.request != part.request:
                 raise RemoteProtocolError(f"the parts of request {part.request} are not a request")
             self._take(frame, requests)
 
@@ -208,13 +222,18 @@ class LinkSession:
     def _send_step(self, pieces: list[Piece]) -> None:
         self._put(encode_step(pieces))
 
+    def _send_held(self, held: Held) -> None:
+        self._put(encode(held, AgentFrame))
+
     def _put(self, frame: str) -> None:
+        if self._is_parked:
+            self._write(frame)
+            return
         self._outbox_characters += len(frame)
         if self._outbox_characters > MAX_OUTBOX_CHARACTERS:
             self._end("it does not read")
             return
         self._outbox.append(frame)
-        self._filled.set()
 
     async def _publish_status(self) -> None:
         """Queue a status after every change and in silence; changes before it is sent are merged.
@@ -226,43 +245,61 @@ class LinkSession:
             with trio.move_on_after(self._liveness_timeout / 3):
                 await self._board.newer_than(published)
             published = self._board.status
-            if not self._is_status_due:
+            if self._is_parked:
+                self._write(encode(Status(published), AgentFrame))
+            elif not self._is_status_due:
                 self._is_status_due = True
                 self._outbox.append(None)
-                self._filled.set()
             await trio.lowlevel.checkpoint()  # the writer's turn, if changes come without end
 
     async def _write_frames(self) -> None:
-        """Drain the outbox; nobody else sends once the link serves."""
+        """Flush what a plain call could not send, then the outbox; nobody else sends meanwhile."""
         try:
             while True:
-                if not self._outbox:
-                    self._filled = trio.Event()
-                    await self._filled.wait()
-                frame = self._outbox.popleft()
-                if frame is None:
-                    self._is_status_due = False
-                    frame = encode(Status(self._board.status), AgentFrame)
-                else:
-                    self._outbox_characters -= len(frame)
                 with trio.fail_after(self._liveness_timeout):
-                    await self._send_whole(frame)
+                    await self._flush()
+                if self._outbox:
+                    self._write(self._next_frame())
+                else:
+                    self._wakeup = trio.Event()
+                    self._is_parked = True
+                    await self._wakeup.wait()
         except trio.TooSlowError:
             self._end(f"it read nothing for {self._liveness_timeout:g} s")
         except EOFError:
             self._end("the connection was closed")
+        finally:
+            self._is_parked = False
 
-    async def _send_whole(self, frame: str) -> None:
-        """Send a frame; cancelled midway it leaves half of it, and nothing may follow."""
-        self._is_sending = True
-        await self._send(frame)
-        self._is_sending = False
+    def _next_frame(self) -> str:
+        frame = self._outbox.popleft()
+        if frame is None:
+            self._is_status_due = False
+            return encode(Status(self._board.status), AgentFrame)
+        self._outbox_characters -= len(frame)
+        return frame
+
+    def _write(self, frame: str) -> None:
+        try:
+            self._is_flushed = self._connection.write(frame)
+        except EOFError:
+            self._end("the connection was closed")
+            return
+        if not self._is_flushed:
+            self._is_parked = False
+            self._wakeup.set()
+
+    async def _flush(self) -> None:
+        await self._connection.flush()
+        self._is_flushed = True
 
     async def _say_goodbye(self) -> None:
-        if self._is_sending:
+        """Say goodbye, unless a frame is still half sent: the balancer does not read, why wait for it?"""
+        if not self._is_flushed:
             return
         try:
-            await self._send(encode(Goodbye(), AgentFrame))
+            self._connection.write(encode(Goodbye(), AgentFrame))
+            await self._connection.flush()
         except EOFError:
             pass  # the balancer left first
 

@@ -10,13 +10,16 @@ from typing import NoReturn, Protocol, cast
 import attrs
 import trio
 
-from paddler.agent.preparation import PreparationFailed, TemplateRenderer
-from paddler.agent.slots import Engine, Serving, Slots
+from paddler.agent.preparation import Preparer
+from paddler.agent.preparation_pool import PreparationFailed
+from paddler.agent.serving import Engine, Serving
+from paddler.agent.slots import Slots
 from paddler.agent.status import StatusBoard
 from paddler.config import EngineTimeouts, KvLayout
-from paddler.engine.pipe import Advance, Capacity, EngineSettings, ModelDescription
+from paddler.engine.pipe import Adapter, Advance, Capacity, Embedded, EngineSettings, Held, ModelDescription
 from paddler.errors import EngineDied, EngineHung, ModelUnavailable
-from paddler.language.token_classifier import find_markers
+from paddler.language.reasoning_formats import find_markers
+from paddler.language.tool_formats import FALLBACK, find_format
 from paddler.messages.snapshots import ModelMetadata
 from paddler.messages.state import (
     AgentIssue,
@@ -64,6 +67,8 @@ class OpenEngine(Protocol):
         on_model: Callable[[ModelDescription], Awaitable[None]],
         on_progress: Callable[[int, int], None],
         on_turn: Callable[[list[Advance]], None],
+        on_embedded: Callable[[Embedded], None],
+        on_held: Callable[[Held], None],
     ) -> AbstractAsyncContextManager[LoadedEngine]: ...
 
 
@@ -74,6 +79,7 @@ class Resolved:
     state: ApplicableState
     model_path: str | None
     projection_path: str | None
+    adapters: tuple[Adapter, ...] = ()
 
 
 @attrs.frozen
@@ -103,24 +109,30 @@ class ModelService:
         *,
         board: StatusBoard,
         slots: Slots,
-        renderer: TemplateRenderer,
+        preparer: Preparer,
         open_engine: OpenEngine,
         engine_timeouts: EngineTimeouts,
         kv_layout: KvLayout,
         threads: int,
+        exact: bool,
+        prefix_cache: bool,
+        prefix_cache_bytes: int,
     ) -> None:
         self.metadata: ModelMetadata | None = None
         """Of the model that was loaded last, also when it is unloaded."""
         self._board = board
         self._slots = slots
-        self._renderer = renderer
+        self._preparer = preparer
         self._open_engine = open_engine
         self._engine_timeouts = engine_timeouts
         self._kv_layout = kv_layout
         self._threads = threads
+        self._exact = exact
+        self._prefix_cache = prefix_cache
+        self._prefix_cache_bytes = prefix_cache_bytes
         self._serving: Serving | None = None
         self._is_withdrawn = False
-        self._are_tokens_expected = False
+        self._are_embeddings_expected: bool | None = None
 
     async def serve_forever(self, resolved: Resolved, show: Callable[[Outcome], None]) -> None:
         """Load and serve until cancelled, again after every failure; `show` is told how it goes."""
@@ -172,16 +184,17 @@ class ModelService:
     def expect(self, state: ApplicableState) -> None:
         """Take note of the state that was received last, which may take long to be resolved.
 
-        From now on balancers send token requests if it is one for tokens: an engine for embeddings must
-        not refuse them, they wait for the next. Slots go at once, or they would come back every status.
+        From now on balancers send what it is for, tokens or embeddings: an engine for the other must not
+        refuse these requests, they wait for the next. Slots go at once, or they would come back every status.
         """
-        self._are_tokens_expected = not state.inference_parameters.enable_embeddings
+        self._are_embeddings_expected = state.inference_parameters.enable_embeddings
         self._announce()
 
     def _announce(self) -> None:
         """Open the door to what is loaded and announce slots; 0 of them where nobody is served."""
         serving = self._serving
-        is_of_old_mode = self._are_tokens_expected and serving is not None and serving.enable_embeddings
+        expected = self._are_embeddings_expected
+        is_of_old_mode = serving is not None and expected not in (None, serving.enable_embeddings)
         if serving is None or self._is_withdrawn or is_of_old_mode:
             self._slots.close_door()
             self._board.update(slots_total=0)
@@ -204,6 +217,11 @@ class ModelService:
             parameters=resolved.state.inference_parameters,
             kv_layout=self._kv_layout,
             threads=self._threads,
+            exact=self._exact,
+            prefix_cache=self._prefix_cache,
+            prefix_cache_bytes=self._prefix_cache_bytes,
+            projection_path=resolved.projection_path,
+            adapters=resolved.adapters,
         )
         filename = Path(model_path).name
         try:
@@ -213,6 +231,8 @@ class ModelService:
                 on_model=on_model,
                 on_progress=lambda done, total: self._board.show_progress(done, total, filename),
                 on_turn=self._slots.on_turn,
+                on_embedded=self._slots.on_embedded,
+                on_held=self._slots.on_held,
             ) as engine:
                 self._board.clear_progress()
                 self.metadata = _metadata(engine.description, engine.capacity)
@@ -225,6 +245,7 @@ class ModelService:
         finally:
             self._board.clear_progress()
             self._serving = None
+            self._slots.on_held(Held(()))
             self._announce()
         raise AssertionError("an engine that ends by itself raises")
 
@@ -236,7 +257,7 @@ class ModelService:
         self.metadata = _metadata(description)
         template = _template_of(resolved.state, description)
         if template is not None:
-            error = await self._renderer.compile_error(template)
+            error = await self._preparer.compile_error(template)
             if error is not None:
                 raise ModelUnavailable((ChatTemplateDoesNotCompile(error, ModelPath(model_path), template),))
         elif not resolved.state.inference_parameters.enable_embeddings:
@@ -244,7 +265,6 @@ class ModelService:
         self._board.update(model_path=model_path)
         if resolved.projection_path is not None:
             await check_projection(resolved.projection_path)
-            logger.warning("%s is not used: images are not supported yet", resolved.projection_path)
 
     def _slot_issues(self, failure: EngineDied | EngineHung) -> frozenset[AgentIssue]:
         reason = str(failure)
@@ -287,6 +307,7 @@ def _serving(state: ApplicableState, engine: LoadedEngine) -> Serving:
     description = engine.description
     return Serving(
         engine=engine,
+        parameters=state.inference_parameters,
         chat_template=_template_of(state, description),
         special_tokens={
             "bos_token": description.bos_text,
@@ -294,8 +315,10 @@ def _serving(state: ApplicableState, engine: LoadedEngine) -> Serving:
             "nl_token": description.nl_text,
         },
         markers=find_markers(description.chat_template, description.control_tokens.values()),
+        tool_format=find_format(description.chat_template, description.control_tokens.values()) or FALLBACK,
         control_tokens=description.control_tokens,
-        enable_embeddings=state.inference_parameters.enable_embeddings,
+        supports_images=state.multimodal_projection != "None",
+        most_image_tokens=engine.capacity.n_batch,
     )
 
 

@@ -9,10 +9,17 @@ import trio
 from paddler.agent.model_service import RETRY_INTERVAL, ModelService, Outcome, Resolved, issues_of
 from paddler.agent.slots import Slots
 from paddler.agent.status import Latest, StatusBoard
+from paddler.engine.pipe import Adapter
 from paddler.errors import ModelUnavailable
 from paddler.messages.snapshots import ModelMetadata
-from paddler.messages.state import ApplicableState, ModelSource, StateApplicationStatus, sorted_issues
-from paddler.models.sources import resolve_model, resolve_projection
+from paddler.messages.state import (
+    ApplicableState,
+    LoraSource,
+    ModelSource,
+    StateApplicationStatus,
+    sorted_issues,
+)
+from paddler.models.sources import resolve_adapter, resolve_model, resolve_projection
 
 # Theory of operation
 #
@@ -33,6 +40,7 @@ from paddler.models.sources import resolve_model, resolve_projection
 # its receipt to the end of the drain; but that of resolving as long as its files cannot be found.
 
 Resolve = Callable[[ModelSource], Awaitable[str | None]]
+ResolveAdapter = Callable[[LoraSource], Awaitable[str]]
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +56,14 @@ class Reconciliation:
         service: ModelService,
         find_model: Resolve = resolve_model,
         find_projection: Resolve = resolve_projection,
+        find_adapter: ResolveAdapter = resolve_adapter,
     ) -> None:
         self._board = board
         self._slots = slots
         self._service = service
         self._find_model = find_model
         self._find_projection = find_projection
+        self._find_adapter = find_adapter
         self._newest = Latest[ApplicableState | None](None)
         self._resolved = Latest[Resolved | None](None)
         self._searched: ApplicableState | None = None
@@ -103,6 +113,7 @@ class Reconciliation:
             try:
                 model_path = await self._find_model(state.model)
                 projection_path = await self._find_projection(state.multimodal_projection)
+                adapters = await self._adapters_of(state)
                 break
             except ModelUnavailable as error:
                 if not outcome.issues:
@@ -113,8 +124,17 @@ class Reconciliation:
                 outcome = outcome.next_try()
                 self._show_resolving(outcome)
         self._board.update(uses_chat_template_override=state.chat_template_override is not None)
-        self._resolved.set(Resolved(state, model_path, projection_path))
+        self._resolved.set(Resolved(state, model_path, projection_path, adapters))
         self._show_resolving(None)
+
+    async def _adapters_of(self, state: ApplicableState) -> tuple[Adapter, ...]:
+        """Find the LoRA adapters of a state; none is looked for where no model would use them."""
+        if state.model == "None":
+            return ()
+        adapters = state.lora_adapters
+        return tuple(
+            [Adapter(await self._find_adapter(adapter.source), adapter.scale) for adapter in adapters]
+        )
 
     async def _apply_forever(self) -> None:
         while True:

@@ -3,13 +3,11 @@
 import binascii
 from collections.abc import Iterator
 
-from paddler.language.chat_template import MAX_PROMPT_CHARACTERS
+from paddler.language.template_environment import MAX_PROMPT_CHARACTERS
 from paddler.messages.inference import ContinueFromConversationHistory, ImagePart, TextPart, TokenRequest
 from paddler.messages.tokens import (
     GrammarIncompatibleWithThinking,
-    GrammarInitializationFailed,
     ImageDecodingFailed,
-    MultimodalNotSupported,
     SamplerError,
     Terminal,
 )
@@ -23,11 +21,10 @@ _STRIPPED_CHARACTERS = 4096
 
 def refuse_early(body: TokenRequest) -> Terminal | None:
     """Return why this request cannot be served whatever the model, or None."""
-    if body.grammar is not None:
-        if isinstance(body, ContinueFromConversationHistory) and body.enable_thinking:
-            return GrammarIncompatibleWithThinking("a grammar cannot be combined with enable_thinking")
-        return GrammarInitializationFailed("a grammar cannot be used: grammars are not supported yet")
-    for url in _image_urls(body):
+    thinks = isinstance(body, ContinueFromConversationHistory) and body.enable_thinking
+    if thinks and body.grammar is not None:
+        return GrammarIncompatibleWithThinking("a grammar cannot be combined with enable_thinking")
+    for url in image_urls(body):
         problem = _image_problem(url)
         if problem is not None:
             return ImageDecodingFailed(problem)
@@ -54,14 +51,8 @@ def conversation_characters(body: ContinueFromConversationHistory) -> int:
     )
 
 
-def refuse_images(body: TokenRequest) -> Terminal | None:
-    """Return the refusal of a request with images, or None."""
-    if next(_image_urls(body), None) is None:
-        return None
-    return MultimodalNotSupported("the request has an image: images are not supported yet")
-
-
-def _image_urls(body: TokenRequest) -> Iterator[str]:
+def image_urls(body: TokenRequest) -> Iterator[str]:
+    """Yield the URLs of a request's images, in order."""
     if isinstance(body, ContinueFromConversationHistory):
         for message in body.conversation_history:
             if not isinstance(message.content, str):

@@ -5,41 +5,41 @@ all slots and sends it as one step frame.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Protocol
 
 import attrs
 import trio
 
-from paddler.agent.preparation import TemplateRenderer
-from paddler.agent.refusals import conversation_characters, refuse_early, refuse_images, refuse_long
+from paddler.agent.embedding import EmbeddingAnswer, embedding_terminal
+from paddler.agent.held_requests import HeldRequests, SendHeld
+from paddler.agent.preparation import Preparer
+from paddler.agent.serving import Serving
 from paddler.agent.status import Latest
-from paddler.engine.pipe import Advance, Finish
+from paddler.agent.token_answer import AnswerPiece, TokenAnswer
+from paddler.agent.token_preparation import PreparedTokens, prepare_tokens
+from paddler.engine.pipe import Advance, Embedded, Held
 from paddler.errors import RemoteProtocolError
-from paddler.language.chat_template import Prompt, template_variables
-from paddler.language.token_classifier import Markers, TokenClassifier, section_after
-from paddler.messages.agent_socket import Piece, escape_text
-from paddler.messages.inference import ContinueFromRawPrompt, TokenRequest
-from paddler.messages.tokens import (
-    TOKEN_GENERATION_DISABLED_TEXT,
-    Done,
-    SamplerError,
-    StreamError,
-    Terminal,
-    TokenGenerationDisabled,
-    Usage,
+from paddler.language.chat_template import template_variables
+from paddler.messages.agent_socket import Piece
+from paddler.messages.embeddings import EmbeddingTerminal
+from paddler.messages.inference import (
+    ContinueFromConversationHistory,
+    GenerateEmbeddingBatch,
+    Request,
+    TokenRequest,
 )
-from paddler.messages.wire import encode
+from paddler.messages.tokens import Done, StreamError, Terminal, Usage
+from paddler.messages.wire import encode, unstructure
 
 # Theory of operation
 #
 # A request is *accepted* (registered, synchronously, so that a Stop right behind it finds it), then
 # its task *prepares* it, hands it to the engine and waits for its *end*. Whoever ends it sends its
-# terminal piece and sets `ended`, in one breath: its task (refusals, bounces), `on_turn` (what the
-# engine says) or `fail` (the engine is gone). A request whose task is cancelled ended with its link:
-# the engine is told, nobody else.
+# terminal piece and marks it as ended, in one breath: its task (refusals, bounces, and what waited for
+# the check of a tool call), `on_turn` or `on_embedded` (what the engine says) or `fail` (the engine is
+# gone). A request whose task is cancelled ended with its link: the engine is told, nobody else.
 #
 # While a state is drained the door is closed: arrivals are bounced, accepted requests go on. A
 # request belongs to the `Serving` that it was accepted for; if that is gone when its prompt is ready
@@ -50,51 +50,34 @@ SendStep = Callable[[list[Piece]], None]
 logger = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
-    """What slots need of a loaded engine; both calls never block."""
-
-    def generate(self, generation: int, *, prompt: str, max_tokens: int) -> None: ...
-
-    def cancel(self, generation: int) -> None: ...
-
-
-@attrs.frozen(eq=False)
-class Serving:
-    """What requests run on: a loaded engine, and what its model needs from us."""
-
-    engine: Engine
-    chat_template: str | None
-    special_tokens: Mapping[str, str]
-    """`bos_token`, `eos_token`, `nl_token`, as templates know them."""
-    markers: Markers | None
-    control_tokens: Mapping[int, str]
-    enable_embeddings: bool
-
-
 @attrs.define(eq=False)
 class OpenRequest:
     """A request on this agent; `number` is the link's, `generation` the engine's."""
 
     number: int
-    body: TokenRequest
+    body: Request
     serving: Serving | None
     preparing: trio.CancelScope = attrs.Factory(trio.CancelScope)
     is_stopped: bool = False
     generation: int | None = None
-    classifier: TokenClassifier | None = None
-    ended: trio.Event = attrs.Factory(trio.Event)
+    answer: TokenAnswer | None = None
+    embedding: EmbeddingAnswer | None = None
+    has_ended: bool = False
+    news: trio.Event = attrs.Factory(trio.Event)
+    """It has ended, or there are calls to check."""
 
 
 class Slots:
     """All requests of this agent, whatever the link and the engine they came to."""
 
-    def __init__(self, *, renderer: TemplateRenderer) -> None:
-        self._renderer = renderer
+    def __init__(self, *, preparer: Preparer) -> None:
+        self._preparer = preparer
         self._serving: Serving | None = None
         self._is_open = False
         self._send_step: SendStep | None = None
         self._requests: dict[int, OpenRequest] = {}
         self._generating: dict[int, OpenRequest] = {}
+        self._held = HeldRequests(self._generating)
         self._generations = count(1)
         self._open_requests = Latest(0)
 
@@ -129,7 +112,8 @@ class Slots:
             if request is None:
                 continue  # cancelled with its link, or failed: nobody waits for it
             try:
-                self._pass_on(request, advance, pieces)
+                assert request.answer is not None
+                pieces += self._pieces(request, request.answer.take(advance))
             except Exception:  # border: one request
                 logger.exception("request %d failed", request.number)
                 pieces.append(self._end(request, "X", _INTERNAL_ERROR))
@@ -137,18 +121,41 @@ class Slots:
                     self._cancel(request)
         self._send(pieces)
 
+    def on_embedded(self, embedded: Embedded) -> None:
+        """Pass on what one turn did for an embedding request."""
+        request = self._generating.get(embedded.generation)
+        if request is None or request.embedding is None:
+            return
+        try:
+            items = [*request.embedding.items(embedded)]
+        except Exception:  # border: one request
+            logger.exception("request %d failed", request.number)
+            self._send([self._end(request, "X", _INTERNAL_ERROR)])
+            if embedded.finish is None:
+                self._cancel(request)
+            return
+        for letter, text in items:
+            # A vector is long: each travels by itself, so that other frames come in between.
+            is_end = letter == "F"
+            self._send([self._end(request, letter, text) if is_end else (request.number, letter, text)])
+
+    def on_held(self, held: Held) -> None:
+        """Pass on whose tokens the engine holds; nobody's, when it has ended."""
+        self._held.report(held)
+
     # For the link.
 
     @contextmanager
-    def connected(self, send_step: SendStep) -> Iterator[None]:
-        """Send step frames by `send_step` for the duration of the block, one link's life."""
+    def connected(self, send_step: SendStep, send_held: SendHeld | None = None) -> Iterator[None]:
+        """Send step frames, and what the engine holds, for the duration of the block, one link's life."""
         self._send_step = send_step
         try:
-            yield
+            with self._held.connected(send_held):
+                yield
         finally:
             self._send_step = None
 
-    def accept(self, number: int, body: TokenRequest) -> OpenRequest:
+    def accept(self, number: int, body: Request) -> OpenRequest:
         """Register a request; `run` must follow. Raises RemoteProtocolError when the number is in use."""
         if number in self._requests:
             raise RemoteProtocolError(f"request number {number} is in use")
@@ -160,17 +167,21 @@ class Slots:
     async def run(self, request: OpenRequest) -> None:
         """Serve an accepted request to its end. Cancelled, it stops in the engine without a word."""
         try:
-            prompt = await self._prepare(request)
-            if prompt is not None:
-                self._generate(request, prompt)
-                await request.ended.wait()
+            body = request.body
+            if isinstance(body, GenerateEmbeddingBatch):
+                self._embed(request, body)
+            else:
+                prepared = await self._prepare(request, body)
+                if prepared is not None:
+                    self._generate(request, body, prepared)
+            await self._see_to_the_end(request)
         except Exception:  # border: one request
             logger.exception("request %d failed", request.number)
-            if not request.ended.is_set():
+            if not request.has_ended:
                 self._send([self._end(request, "X", _INTERNAL_ERROR)])
                 self._cancel(request)
         finally:
-            if not request.ended.is_set():
+            if not request.has_ended:
                 self._cancel(request)
             self._forget(request)
 
@@ -185,18 +196,18 @@ class Slots:
 
     # One request.
 
-    async def _prepare(self, request: OpenRequest) -> Prompt | None:
-        """Return the prompt, or None when the request has ended instead."""
+    async def _prepare(self, request: OpenRequest, body: TokenRequest) -> PreparedTokens | None:
+        """Return what to generate from, or None when the request has ended instead."""
         serving = request.serving
         if serving is None:
             self._send([self._end(request, "B", "null")])
             return None
-        outcome: Prompt | Terminal = Done(Usage())  # if it is stopped meanwhile
+        outcome: PreparedTokens | Terminal = Done(Usage())  # if it is stopped meanwhile
         with request.preparing:
-            outcome = await self._prompt_or_refusal(request.body, serving)
+            outcome = await prepare_tokens(body, serving, self._preparer)
         if request.is_stopped:
             outcome = Done(Usage())
-        if not isinstance(outcome, Prompt):
+        if not isinstance(outcome, PreparedTokens):
             self._send([self._end(request, "D", encode(outcome, Terminal))])
             return None
         if self._serving is not serving:
@@ -204,61 +215,74 @@ class Slots:
             return None
         return outcome
 
-    async def _prompt_or_refusal(self, body: TokenRequest, serving: Serving) -> Prompt | Terminal:
-        """Check and render; the order of the checks decides which of several refusals a client sees."""
-        refusal = refuse_early(body)
-        if refusal is not None:
-            return refusal
-        if serving.enable_embeddings:
-            return TokenGenerationDisabled(TOKEN_GENERATION_DISABLED_TEXT)
-        if isinstance(body, ContinueFromRawPrompt):
-            prompt = Prompt(body.raw_prompt, body.raw_prompt)  # markers anywhere in it decide the section
-        elif serving.chat_template is None:
-            return TokenGenerationDisabled(TOKEN_GENERATION_DISABLED_TEXT)
-        else:
-            # Packing a text that no template makes shorter would only hold everybody up.
-            refusal = refuse_long(conversation_characters(body))
-            if refusal is not None:
-                return refusal
-            variables = template_variables(body) | dict(serving.special_tokens)
-            rendered = await self._renderer.render(serving.chat_template, variables)
-            if not isinstance(rendered, Prompt):
-                return rendered
-            prompt = rendered
-        return refuse_long(len(prompt.text)) or refuse_images(body) or prompt
-
-    def _generate(self, request: OpenRequest, prompt: Prompt) -> None:
+    def _generate(self, request: OpenRequest, body: TokenRequest, prepared: PreparedTokens) -> None:
         serving = request.serving
         assert serving is not None
-        request.classifier = TokenClassifier(
-            markers=serving.markers,
-            start=section_after(prompt.suffix, serving.markers),
-            control_tokens=serving.control_tokens,
-        )
+        request.answer = TokenAnswer(body, serving, prepared.prompt)
         request.generation = next(self._generations)
         self._generating[request.generation] = request
-        serving.engine.generate(request.generation, prompt=prompt.text, max_tokens=request.body.max_tokens)
-
-    def _pass_on(self, request: OpenRequest, advance: Advance, pieces: list[Piece]) -> None:
-        """Append what one turn gave a request; the hot path."""
-        classifier = request.classifier
-        assert classifier is not None
-        number = request.number
-        shown = classifier.feed(advance.tokens, advance.text)
-        if advance.finish is not None:
-            shown += classifier.finish()
-        for section, text in shown:
-            pieces.append((number, section.value, escape_text(text)))
-        if advance.finish is None:
-            return
-        terminal: Terminal = Done(
-            classifier.usage(
-                prompt_tokens=advance.prompt_tokens, cached_prompt_tokens=advance.cached_prompt_tokens
-            )
+        self._held.remember(request.generation, request.number)
+        serving.engine.generate(
+            request.generation,
+            prompt=prepared.prompt.text,
+            max_tokens=body.max_tokens,
+            sampler=prepared.sampler,
+            grammar=prepared.grammar,
+            pictures=prepared.pictures,
         )
-        if advance.finish is Finish.FAILED:
-            terminal = SamplerError(advance.failure)
-        pieces.append(self._end(request, "D", encode(terminal, Terminal)))
+
+    async def _see_to_the_end(self, request: OpenRequest) -> None:
+        """Wait until the request has ended; have its tool calls checked as they come."""
+        while not request.has_ended:
+            answer = request.answer
+            if answer is None or answer.unchecked is None:
+                request.news = trio.Event()
+                await request.news.wait()
+                continue
+            assert isinstance(request.body, ContinueFromConversationHistory)
+            calls = [unstructure(call) for call in answer.unchecked.payload]
+            tools = template_variables(request.body)["tools"]
+            violations = await self._preparer.call_violations(calls, tools)
+            if not request.has_ended:  # the engine may be gone
+                self._send(self._pieces(request, answer.checked(violations)))
+
+    def _pieces(self, request: OpenRequest, given: list[AnswerPiece]) -> list[Piece]:
+        """Address what an answer gave; its end is that of the request."""
+        if request.answer is not None and request.answer.unchecked is not None:
+            request.news.set()
+        number = request.number
+        return [
+            self._end(request, letter, text) if letter == "D" else (number, letter, text)
+            for letter, text in given
+        ]
+
+    def _embed(self, request: OpenRequest, body: GenerateEmbeddingBatch) -> None:
+        """Hand an embedding request to the engine, or end it."""
+        serving = request.serving
+        if serving is None or serving is not self._serving:
+            self._send([self._end(request, "B", "null")])
+            return
+        refusal = self._embedding_refusal(request, serving)
+        if refusal is not None:
+            self._send([self._end(request, *embedding_terminal(refusal))])
+            return
+        request.embedding = EmbeddingAnswer(body, serving.parameters.pooling_type)
+        request.generation = next(self._generations)
+        self._generating[request.generation] = request
+        serving.engine.embed(
+            request.generation,
+            documents=tuple(document.content for document in body.input_batch),
+            normalization_method=body.normalization_method,
+        )
+
+    def _embedding_refusal(self, request: OpenRequest, serving: Serving) -> EmbeddingTerminal | None:
+        if request.is_stopped:
+            return "Done"
+        if not serving.enable_embeddings:
+            return "EmbeddingsDisabled"
+        if any(other.embedding is None for other in self._generating.values()):
+            return "EmbeddingRejectedDueToActiveTokenGeneration"
+        return None
 
     def _cancel(self, request: OpenRequest) -> None:
         if request.generation is not None and request.serving is not None:
@@ -266,7 +290,8 @@ class Slots:
 
     def _end(self, request: OpenRequest, letter: str, text: str) -> Piece:
         """Mark a request as ended and return its terminal piece, which the caller sends at once."""
-        request.ended.set()
+        request.has_ended = True
+        request.news.set()
         if request.generation is not None:
             self._generating.pop(request.generation, None)
         return (request.number, letter, text)

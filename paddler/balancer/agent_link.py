@@ -26,12 +26,13 @@ from paddler.messages.agent_socket import (
     BalancerFrame,
     Goodbye,
     Heartbeat,
+    Held,
     Register,
     SetState,
     Status,
     Welcome,
 )
-from paddler.messages.inference import TokenRequest
+from paddler.messages.inference import Request
 from paddler.messages.snapshots import ModelMetadata
 from paddler.messages.state import ApplicableState, ChatTemplate
 from paddler.messages.tokens import StreamError
@@ -163,6 +164,8 @@ class AgentLink:
                 self._fleet.update(self.agent, status)
                 # Also when it shows nothing new: a status readmits requests that the agent had bounced.
                 self._buffer.grant_free_slots()
+            case Held(prefixes):
+                self.agent.prefixes.report({held.request: held.tokens for held in prefixes})
             case Answer() as answer:
                 self.questions.settle(answer)
             case Heartbeat():
@@ -224,7 +227,7 @@ class AgentLinks:
             if self._registered.get(agent_id) is link:  # and not the one that replaced it
                 del self._registered[agent_id]
 
-    def hand_over(self, slot: Slot, request: TokenRequest, reply: Reply) -> RunningRequest:
+    def hand_over(self, slot: Slot, request: Request, reply: Reply) -> RunningRequest:
         """Give a request and the slot it holds to the link of the slot's agent.
 
         Raises LocalProtocolError, and leaves the slot alone, when the link cannot take the request.

@@ -57,7 +57,7 @@ class Outbox:
         return True
 
     def put_request(self, number: int, frame: str) -> bool:
-        """Queue the `Generate` frame of a request; False when there is no room."""
+        """Queue the frame of a request, `Generate` or `Embed`; False when there is no room."""
         if self._request_bytes + len(frame) > MAX_REQUEST_BYTES:
             return False
         self._requests[number] = _Outgoing(frame)

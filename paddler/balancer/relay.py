@@ -13,8 +13,9 @@ from paddler.balancer.agent_link import AgentLinks
 from paddler.balancer.request_buffer import RequestBuffer, Slot
 from paddler.balancer.running_requests import Reply, RunningRequest
 from paddler.errors import BufferFull, BufferTimeout, LocalProtocolError, RequestRefused, ShuttingDown
-from paddler.messages.inference import TokenRequest
+from paddler.messages.inference import Request
 from paddler.messages.tokens import StreamError
+from paddler.routing.chains import chain_of
 
 SHUTTING_DOWN = StreamError(503, str(ShuttingDown()))
 NOT_HANDED_OVER = StreamError(500, "Failed to generate response")
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Relay:
-    """Serves token requests with the agents that are connected."""
+    """Serves requests with the agents that are connected."""
 
     def __init__(self, *, buffer: RequestBuffer, links: AgentLinks, item_timeout: float) -> None:
         self._buffer = buffer
@@ -35,15 +36,15 @@ class Relay:
         self._untold_failures = 0
         self._next_report = -math.inf
 
-    async def serve(self, request: TokenRequest, reply: Reply) -> None:
+    async def serve(self, request: Request, reply: Reply) -> None:
         """Serve one request to its end.
 
-        Exactly one terminal, a `D` piece or an error, reaches the reply, unless the task is
+        Exactly one terminal, a `D` or `F` piece or an error, reaches the reply, unless the task is
         cancelled. Cancellation leaves no ticket behind and no slot that nobody cares for: the agent
         is told to stop, and its link frees the slot.
         """
         try:
-            async with self._buffer.slot() as slot:
+            async with self._buffer.slot(chain_of(request)) as slot:
                 while await self._is_bounced(slot, request, reply):
                     await slot.claim_again()
         except RequestRefused as refusal:
@@ -70,7 +71,7 @@ class Relay:
             self._untold_failures = 0
             self._next_report = trio.current_time() + FAILURE_REPORT_INTERVAL
 
-    async def _is_bounced(self, slot: Slot, request: TokenRequest, reply: Reply) -> bool:
+    async def _is_bounced(self, slot: Slot, request: Request, reply: Reply) -> bool:
         """Run the request on the slot's agent; return True when the agent gave it back untouched."""
         try:
             running = self._links.hand_over(slot, request, reply)

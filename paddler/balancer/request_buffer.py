@@ -11,6 +11,7 @@ import trio
 
 from paddler.balancer.changes import Changes
 from paddler.errors import BufferFull, BufferTimeout, ShuttingDown
+from paddler.routing.chains import NO_CHAIN, Chain
 from paddler.routing.fleet import Agent, Fleet
 from paddler.routing.waiting_line import Ticket, WaitingLine
 
@@ -73,14 +74,14 @@ class RequestBuffer:
         return len(self._line)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[Slot]:
-        """Hold one slot for the duration of the block.
+    async def slot(self, chain: Chain = NO_CHAIN) -> AsyncIterator[Slot]:
+        """Hold one slot, on the agent that suits this chain best, for the duration of the block.
 
         Raises BufferFull at once when no slot is free and the line has no room, BufferTimeout when
         none came free in time, ShuttingDown. Leaving the block, by cancellation too, gives back the
         place in line or the slot, unless the slot was handed over.
         """
-        slot = Slot(self, self._line.issue(), deadline=trio.current_time() + self._timeout)
+        slot = Slot(self, self._line.issue(chain), deadline=trio.current_time() + self._timeout)
         try:
             self._claim_or_join(slot)
             await self.wait_for_grant(slot)
@@ -134,7 +135,7 @@ class RequestBuffer:
     def _claim_or_join(self, slot: Slot) -> None:
         if self._shutting_down:
             raise ShuttingDown
-        slot.claimed = self._fleet.claim(slot.ticket.refusals)
+        slot.claimed = self._fleet.claim(slot.ticket.refusals, slot.ticket.chain)
         if slot.claimed is None:
             if self._line.is_full:
                 raise BufferFull(self._line.limit)

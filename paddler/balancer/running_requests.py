@@ -23,8 +23,8 @@ import trio
 
 from paddler.balancer.outbox import Outbox, Sent
 from paddler.errors import LocalProtocolError, RemoteProtocolError
-from paddler.messages.agent_socket import TERMINAL_LETTERS, BalancerFrame, Generate, Stop, decode_step
-from paddler.messages.inference import TokenRequest
+from paddler.messages.agent_socket import TERMINAL_LETTERS, BalancerFrame, Stop, decode_step, request_frame
+from paddler.messages.inference import Request
 from paddler.messages.tokens import StreamError
 from paddler.messages.wire import decode, encode
 
@@ -39,7 +39,7 @@ class Reply(Protocol):
     """Where the messages of one request go. Plain calls that never block and never raise."""
 
     def piece(self, agent_name: str | None, letter: str, text: str) -> None:
-        """Take one piece: a letter of messages/agent_socket.py, C R T U E or D, and its JSON."""
+        """Take one piece: a letter of messages/agent_socket.py, C R T U E D, or V F, and its JSON."""
 
     def error(self, error: StreamError) -> None:
         """Take the error that ends the request."""
@@ -88,16 +88,17 @@ class RunningRequests:
         self._given = 0
         self._drain_began = trio.Event()
 
-    def hand_over(self, slot: "Slot", request: TokenRequest, reply: Reply) -> RunningRequest:
+    def hand_over(self, slot: "Slot", request: Request, reply: Reply) -> RunningRequest:
         """Queue a request for the agent and take its slot over.
 
         Raises LocalProtocolError, and leaves the slot where it is, when the outbox has no room.
         """
         number = self._given + 1
-        if not self._outbox.put_request(number, encode(Generate(number, request), BalancerFrame)):
+        if not self._outbox.put_request(number, encode(request_frame(number, request), BalancerFrame)):
             raise LocalProtocolError(f"no room for another request in the outbox of agent {self._agent.id}")
         self._given = number
         slot.hand_over()
+        self._agent.prefixes.note(number, slot.ticket.chain, arrival=slot.ticket.number)
         running = RunningRequest(number, slot, reply, self, last_item=trio.current_time())
         self._running[number] = running
         return running
@@ -187,4 +188,5 @@ class RunningRequests:
 
     def _forget(self, running: RunningRequest) -> None:
         del self._running[running.number]
+        self._agent.prefixes.end(running.number)
         running.over.set()

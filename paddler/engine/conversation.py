@@ -12,7 +12,19 @@ import trio
 
 from paddler.config import EngineTimeouts
 from paddler.engine.child import EngineChild
-from paddler.engine.pipe import REPORTS, Advance, Command, FrameReader, Held, Log, Report, Turn, pack
+from paddler.engine.pipe import (
+    REPORTS,
+    Advance,
+    Command,
+    Embedded,
+    Encoding,
+    FrameReader,
+    Held,
+    Log,
+    Report,
+    Turn,
+    pack,
+)
 from paddler.engine.vitals import Pulse
 from paddler.errors import EngineDied, EngineHung, RemoteProtocolError
 
@@ -47,6 +59,7 @@ class Conversation:
         self._last_words = ""
         self._output_ended = trio.Event()
         self._silence = 0.0
+        self._is_encoding = False
         self._turn_times = deque([0.0], maxlen=_TURNS_REMEMBERED)
 
     def begin_serving(self, open_generations: set[int], *, offloaded: bool) -> None:
@@ -91,19 +104,31 @@ class Conversation:
             raise EngineHung(patience, self._last_words) from None
 
     async def read_turns(
-        self, on_turn: Callable[[list[Advance]], None], on_held: Callable[[Held], None] = lambda _: None
+        self,
+        on_turn: Callable[[list[Advance]], None],
+        on_held: Callable[[Held], None] = lambda _: None,
+        on_embedded: Callable[[Embedded], None] = lambda _: None,
     ) -> None:
         while True:
             report = await self.receive()
             if isinstance(report, Held):
                 on_held(report)
                 continue
+            if isinstance(report, Embedded):
+                if report.finish is not None:
+                    self.open_generations.discard(report.generation)
+                on_embedded(report)
+                continue
+            if isinstance(report, Encoding):
+                self._is_encoding = True
+                continue
             if not isinstance(report, Turn):
                 self.out_of_turn(report)
                 continue
-            if self.open_generations:
+            if self.open_generations and not self._is_encoding:
                 self._turn_times.append(self._silence)
             self._silence = 0.0
+            self._is_encoding = False
             ended = {advance.generation for advance in report.advances if advance.finish is not None}
             self.open_generations -= ended
             if report.advances:
@@ -141,6 +166,8 @@ class Conversation:
             pulse.look(self.child.vitals(), elapsed, must_work=uses_cpu)
             self._silence += min(elapsed, 2 * interval)  # as in Pulse: our own standstill is not its
             patience = max(self.timeouts.step, _TURNS_TO_A_HANG * max(self._turn_times))
+            if self._is_encoding:
+                patience = self.timeouts.encode
             silent = not self.loading and self._silence >= patience
             if pulse.standing_still >= self.timeouts.standstill or silent:
                 self.child.kill()

@@ -20,6 +20,8 @@ from paddler.engine.pipe import (
     Capacity,
     Command,
     ContextRefused,
+    Embed,
+    Embedded,
     EngineSettings,
     Generate,
     GrammarRule,
@@ -29,10 +31,12 @@ from paddler.engine.pipe import (
     OpenContext,
     Picture,
     Progress,
+    ProjectionRefused,
     SamplerSettings,
 )
 from paddler.errors import EngineDied, EngineFailed, ModelUnavailable
-from paddler.messages.state import ModelCannotBeLoaded, SlotCannotStart
+from paddler.messages.inference import NormalizationMethod
+from paddler.messages.state import ModelCannotBeLoaded, MultimodalProjectionCannotBeLoaded, SlotCannotStart
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +66,15 @@ class Engine:
         self.open_generations.add(generation)
         self._commands.send_nowait(Generate(generation, prompt, max_tokens, sampler, grammar, pictures))
 
+    def embed(
+        self, generation: int, *, documents: tuple[str, ...], normalization_method: NormalizationMethod
+    ) -> None:
+        """Make vectors of documents; only where the parameters enable embeddings, and `generate` is not."""
+        self.open_generations.add(generation)
+        self._commands.send_nowait(Embed(generation, documents, normalization_method))
+
     def cancel(self, generation: int) -> None:
-        """Stop a generation; its last Advance follows, unless it has come already."""
+        """Stop a generation; its last Advance or Embedded follows, unless it has come already."""
         self._commands.send_nowait(Cancel(generation))
 
 
@@ -76,6 +87,7 @@ async def open_engine(
     on_progress: Callable[[int, int], None],
     on_turn: Callable[[list[Advance]], None],
     on_held: Callable[[Held], None] = lambda _: None,
+    on_embedded: Callable[[Embedded], None] = lambda _: None,
 ) -> AsyncIterator[Engine]:
     """Load a model in a process of its own and yield the engine that serves it.
 
@@ -101,7 +113,7 @@ async def open_engine(
             engine = Engine(description, capacity, send_commands)
             talk.begin_serving(engine.open_generations, offloaded=capacity.offloaded)
             tasks.start_soon(talk.write_commands, commands)
-            tasks.start_soon(talk.read_turns, on_turn, on_held)
+            tasks.start_soon(talk.read_turns, on_turn, on_held, on_embedded)
             yield engine
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
@@ -123,8 +135,11 @@ async def _load_model(
                 on_progress(done, total)
             case ModelDescription() as description:
                 return description
-            case ModelRefused(reason):
-                raise ModelUnavailable((ModelCannotBeLoaded(settings.model_path),), reason)
+            case ModelRefused(reason, adapter_path):
+                raise ModelUnavailable((ModelCannotBeLoaded(adapter_path or settings.model_path),), reason)
+            case ProjectionRefused(reason):
+                path = settings.projection_path or ""
+                raise ModelUnavailable((MultimodalProjectionCannotBeLoaded(path),), reason)
             case report:
                 talk.out_of_turn(report)
         patience = talk.timeouts.load_silence

@@ -79,8 +79,14 @@ def check_weights(size_bytes: int, *, host_memory_bytes: int) -> None:
         raise Refused(f"its weights of {_megabytes(size_bytes)} do not fit into the host's {host}")
 
 
-def plan_context(settings: EngineSettings, shape: ModelShape, *, host_memory_bytes: int) -> ContextPlan:
-    """Choose the layout and the sizes. Raises Refused."""
+def plan_context(
+    settings: EngineSettings, shape: ModelShape, *, host_memory_bytes: int, whole_image: int = 0
+) -> ContextPlan:
+    """Choose the layout and the sizes. Raises Refused.
+
+    A decode must hold `whole_image` tokens, those of the largest image of a projection whose images
+    cannot be divided, as far as the state's n_batch allows.
+    """
     if not 0 < settings.slots <= MAX_SLOTS:
         raise Refused(f"a context has 1 to {MAX_SLOTS} slots, not {settings.slots}")
     parameters = settings.parameters
@@ -94,8 +100,10 @@ def plan_context(settings: EngineSettings, shape: ModelShape, *, host_memory_byt
     layout, reason = _choose_layout(
         settings, shape, own_bytes=own_cells * cell_bytes, host_memory_bytes=host_memory_bytes
     )
+    if v_dtype is not parameters.v_cache_dtype:
+        reason += f" V cells are {v_dtype}, not {parameters.v_cache_dtype}: exact."
     n_ctx = own_cells if layout is KvLayout.PER_SLOT else pool_cells
-    n_batch = _n_batch(settings, shape)
+    n_batch = _n_batch(settings, shape, whole_image)
     if parameters.enable_embeddings:
         n_ctx = max(n_ctx, _padded(n_batch))
     context_bytes = n_ctx * cell_bytes
@@ -136,7 +144,7 @@ def _choose_layout(
     return KvLayout.SHARED, f"auto: {sizes}, more than a quarter."
 
 
-def _n_batch(settings: EngineSettings, shape: ModelShape) -> int:
+def _n_batch(settings: EngineSettings, shape: ModelShape, whole_image: int) -> int:
     """Return the largest decode: a token of every slot must fit, and so must a whole document.
 
     llama.cpp tries the graph of embeddings out with the same number of tokens for each sequence, and
@@ -146,7 +154,7 @@ def _n_batch(settings: EngineSettings, shape: ModelShape) -> int:
     slots = settings.slots
     if settings.parameters.enable_embeddings:
         return -(-min(asked, max(shape.n_ctx_train, 1)) // slots) * slots
-    return max(min(asked, _MAX_CHUNK), slots)
+    return max(min(asked, max(_MAX_CHUNK, whole_image)), slots)
 
 
 def _cell_bytes(shape: ModelShape, k_dtype: KvCacheDtype, v_dtype: KvCacheDtype) -> int:

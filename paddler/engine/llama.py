@@ -30,8 +30,8 @@ class LlamaLog:
         self._level = INFO
         self._line = b""
         self.first_error = ""
-        self._callback = c.llama_log_callback(self._take)
-        c.llama_log_set(self._callback, ctypes.c_void_p(None))
+        self.callback = c.llama_log_callback(self._take)
+        c.llama_log_set(self.callback, ctypes.c_void_p(None))
 
     def _take(self, level: int, text: bytes, _: object) -> None:
         if level != CONTINUED:
@@ -113,7 +113,7 @@ def describe(model: Model) -> ModelDescription:
     template = c.llama_model_chat_template(model.handle, None)
     newline = c.llama_vocab_nl(vocabulary)
     return ModelDescription(
-        metadata=_metadata(model.handle),
+        metadata=read_metadata(model.handle),
         chat_template=template.decode(errors="replace") if template else None,
         bos_text=model.bos_text,
         eos_text=_text_of(vocabulary, c.llama_vocab_eos(vocabulary)),
@@ -151,8 +151,16 @@ def shape_of(model: Model, metadata: dict[str, str]) -> ModelShape:
 
 def tokenize(model: Model, text: str) -> Ids:
     """Return the ids of a prompt: special tokens are parsed, BOS is added unless the text begins with it."""
+    return _tokenize(model, text, add_special=not (model.bos_text and text.startswith(model.bos_text)))
+
+
+def tokenize_document(model: Model, text: str) -> Ids:
+    """Return the ids of a document: special tokens are parsed, the model's own before and behind it added."""
+    return _tokenize(model, text, add_special=True)
+
+
+def _tokenize(model: Model, text: str, *, add_special: bool) -> Ids:
     data = text.encode(errors="replace")
-    add_special = not (model.bos_text and text.startswith(model.bos_text))
     ids: Ids = np.empty(len(data) + 8, np.int32)
     for _ in range(2):
         pointer = ids.ctypes.data_as(ctypes.POINTER(c.llama_token))
@@ -163,7 +171,7 @@ def tokenize(model: Model, text: str) -> Ids:
     raise AssertionError(f"llama_tokenize wants {-count} tokens, then more")
 
 
-def _metadata(handle: Any) -> dict[str, str]:
+def read_metadata(handle: Any) -> dict[str, str]:
     def read(call: Callable[..., int], index: int) -> str:
         buffer = ctypes.create_string_buffer(256)
         size = call(handle, index, buffer, len(buffer))

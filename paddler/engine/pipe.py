@@ -5,6 +5,7 @@ the socket tells the engine to end, however it is closed.
 """
 
 import enum
+import re
 from collections.abc import Callable
 from types import NoneType
 from typing import Any, Generic, TypeVar, get_args, get_origin
@@ -13,6 +14,7 @@ import attrs
 
 from paddler.config import MAX_LINK_MESSAGE_BYTES, KvLayout
 from paddler.errors import RemoteProtocolError
+from paddler.messages.inference import NormalizationMethod, RmsNorm
 from paddler.messages.state import InferenceParameters, KvCacheDtype, PoolingType
 from paddler.processes.frames import FrameCutter, pack_frame
 
@@ -111,11 +113,20 @@ class Generate:
 
 
 @attrs.frozen
+class Embed:
+    """Make a vector of each document; `generation` is a number as those of `Generate`."""
+
+    generation: int
+    documents: tuple[str, ...]
+    normalization_method: NormalizationMethod
+
+
+@attrs.frozen
 class Cancel:
     generation: int
 
 
-Command = EngineSettings | OpenContext | Generate | Cancel
+Command = EngineSettings | OpenContext | Generate | Embed | Cancel
 
 
 # Engine to agent.
@@ -131,6 +142,13 @@ class Progress:
 
 @attrs.frozen
 class ModelRefused:
+    reason: str
+    adapter_path: str | None = None
+    """The LoRA adapter at fault; None: the model itself."""
+
+
+@attrs.frozen
+class ProjectionRefused:
     reason: str
 
 
@@ -211,6 +229,23 @@ class Advance:
 
 
 @attrs.frozen
+class Embedded:
+    """What one turn did for one Embed; documents are named by their place in it.
+
+    Sent before the Turn of that turn; each document is in one of these once, unless it was stopped.
+    """
+
+    generation: int
+    vectors: tuple[tuple[int, str], ...]
+    """(document, its vector as a JSON array of numbers)."""
+    oversized: tuple[tuple[int, int, int], ...]
+    """(document, its tokens, the most it may have)."""
+    failed: tuple[tuple[int, str], ...]
+    """(document, why it has no vector)."""
+    finish: Finish | None
+
+
+@attrs.frozen
 class Turn:
     """One per turn, carrying all slots; empty when nothing can be told but that the engine works."""
 
@@ -242,7 +277,19 @@ class Log:
     text: str
 
 
-Report = Progress | ModelRefused | ModelDescription | ContextRefused | Capacity | Turn | Held | Encoding | Log
+Report = (
+    Progress
+    | ModelRefused
+    | ProjectionRefused
+    | ModelDescription
+    | ContextRefused
+    | Capacity
+    | Embedded
+    | Turn
+    | Held
+    | Encoding
+    | Log
+)
 
 
 def pack(message: Command | Report) -> bytes:
@@ -315,6 +362,15 @@ def _read_generate(content: dict[str, Any]) -> Generate:
     return Generate(**content, sampler=sampler, grammar=grammar, pictures=pictures)
 
 
+def _read_embed(content: dict[str, Any]) -> Embed:
+    method = content["normalization_method"]
+    return Embed(
+        content["generation"],
+        tuple(content["documents"]),
+        RmsNorm(**method) if isinstance(method, dict) else method,
+    )
+
+
 def _read_description(content: dict[str, Any]) -> ModelDescription:
     control_tokens = {int(token): text for token, text in content.pop("control_tokens").items()}
     return ModelDescription(control_tokens=control_tokens, **content)
@@ -376,6 +432,31 @@ def _read_held(content: dict[str, Any]) -> Held:
     return Held(pairs)
 
 
+_VECTOR = re.compile(r"\[[-+.,0-9e]+\]")
+"""Enough to keep it within its line of a step frame."""
+
+
+def _read_embedded(content: dict[str, Any]) -> Embedded:
+    finish = content.pop("finish")
+    rows: dict[str, Any] = {
+        name: tuple(map(tuple, content.pop(name))) for name in ("vectors", "oversized", "failed")
+    }
+    report = Embedded(**content, **rows, finish=None if finish is None else Finish(finish))
+    if type(report.generation) is not int:
+        raise TypeError("a generation is no integer")
+    for row, kinds in (
+        *((row, (int, str)) for row in (*report.vectors, *report.failed)),
+        *((row, (int, int, int)) for row in report.oversized),
+    ):
+        if tuple(map(type, row)) != kinds:
+            raise TypeError("a document is told of in another form")
+    for _, reason in report.failed:
+        reason.encode()  # as in a turn
+    if not all(_VECTOR.fullmatch(vector) for _, vector in report.vectors):
+        raise ValueError("a vector is no array of numbers")
+    return report
+
+
 def _checked(read: Callable[[Any], Report]) -> Callable[[Any], Report]:
     """Refuse fields of other types too: a dying engine may write anything, and its agent must live on."""
 
@@ -407,14 +488,17 @@ COMMANDS: dict[str, Callable[[Any], Command]] = {
     "EngineSettings": _read_settings,
     "OpenContext": _read_plain(OpenContext),
     "Generate": _read_generate,
+    "Embed": _read_embed,
     "Cancel": _read_plain(Cancel),
 }
 REPORTS: dict[str, Callable[[Any], Report]] = {
     "Progress": _checked(_read_plain(Progress)),
     "ModelRefused": _checked(_read_plain(ModelRefused)),
+    "ProjectionRefused": _checked(_read_plain(ProjectionRefused)),
     "ModelDescription": _checked(_read_description),
     "ContextRefused": _checked(_read_plain(ContextRefused)),
     "Capacity": _checked(_read_capacity),
+    "Embedded": _read_embedded,
     "Turn": _read_turn,
     "Held": _read_held,
     "Encoding": _checked(_read_plain(Encoding)),

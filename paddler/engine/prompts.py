@@ -1,4 +1,4 @@
-"""Prompts to tokens: short ones at once, long ones in threads, because they would stall every slot.
+"""Prompts to tokens: short ones at once; long ones, and pictures, in threads: they would stall every slot.
 
 Only the tokenising itself happens in another thread; who is next is decided on the engine's loop, so
 nothing here needs a lock.
@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
-from paddler.engine.turns import Ids
+from paddler.engine.pipe import Generate
+from paddler.engine.sequences import Ids, Prompt
 
 _INLINE_CHARACTERS = 4 * 1024
 """Texts up to this length are tokenised between turns: about 2 ms, also when every slot gets one at once."""
@@ -26,19 +27,29 @@ cancelled ones, which llama.cpp cannot stop.
 class Prompts:
     """The prompts that are read: waiting in order of arrival, in a thread, or finished."""
 
-    def __init__(self, tokenize: Callable[[str], Ids], *, wake: Callable[[], object]) -> None:
-        """Call `wake`, in another thread, whenever there is something new among the finished."""
-        self._tokenize = tokenize
-        self._wake = wake
-        self._waiting: dict[int, str] = {}
-        self._threads = 0
-        self._finished: SimpleQueue[tuple[int, Ids | None]] = SimpleQueue()
+    def __init__(
+        self,
+        tokenize: Callable[[str], Ids],
+        *,
+        wake: Callable[[], object],
+        read_pictures: Callable[[Generate], Prompt] | None = None,
+    ) -> None:
+        """Call `wake`, in another thread, whenever there is something new among the finished.
 
-    def read(self, generation: int, text: str) -> Ids | None:
-        """Return the tokens, or None and later the tokens among the finished."""
-        if len(text) <= _INLINE_CHARACTERS:
-            return self._tokenize(text)
-        self._waiting[generation] = text
+        Without `read_pictures` there must be no prompts with pictures.
+        """
+        self._tokenize = tokenize
+        self._read_pictures = read_pictures
+        self._wake = wake
+        self._waiting: dict[int, Generate] = {}
+        self._threads = 0
+        self._finished: SimpleQueue[tuple[int, Prompt | None]] = SimpleQueue()
+
+    def read(self, command: Generate) -> Prompt | None:
+        """Return the prompt's tokens, or None and later the same among the finished."""
+        if len(command.prompt) <= _INLINE_CHARACTERS and not command.pictures:
+            return Prompt(self._tokenize(command.prompt))
+        self._waiting[command.generation] = command
         self._start_next()
         return None
 
@@ -46,26 +57,29 @@ class Prompts:
         """Drop a prompt that nobody wants any more; one that is in a thread finishes."""
         self._waiting.pop(generation, None)
 
-    def finished(self) -> Iterator[tuple[int, Ids]]:
+    def finished(self) -> Iterator[tuple[int, Prompt]]:
         """Yield what is finished, forgotten ones too."""
         while not self._finished.empty():
-            generation, tokens = self._finished.get()
-            assert tokens is not None, "a prompt could not be tokenised, see above"
+            generation, prompt = self._finished.get()
+            assert prompt is not None, "a prompt could not be tokenised, see above"
             self._threads -= 1
             self._start_next()
-            yield generation, tokens
+            yield generation, prompt
 
     def _start_next(self) -> None:
         if self._waiting and self._threads < _MOST_THREADS:
-            generation = next(iter(self._waiting))
-            text = self._waiting.pop(generation)
+            command = self._waiting.pop(next(iter(self._waiting)))
             self._threads += 1
-            threading.Thread(target=self._read_aside, args=(generation, text), daemon=True).start()
+            threading.Thread(target=self._read_aside, args=(command,), daemon=True).start()
 
-    def _read_aside(self, generation: int, text: str) -> None:
-        tokens = None
+    def _read_aside(self, command: Generate) -> None:
+        prompt = None
         try:
-            tokens = self._tokenize(text)
+            if command.pictures:
+                assert self._read_pictures is not None
+                prompt = self._read_pictures(command)
+            else:
+                prompt = Prompt(self._tokenize(command.prompt))
         finally:
-            self._finished.put((generation, tokens))
+            self._finished.put((command.generation, prompt))
             self._wake()

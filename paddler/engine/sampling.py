@@ -1,15 +1,19 @@
 """Choose the next token from a row of logits, in numpy: faster than llama.cpp's chain (engine notes §1.1).
 
-Order: penalties, then the largest logit, or top-k, top-p, min-p, temperature and a draw. Any
-parameters that the wire lets through choose something; none raises.
+Order: biases, penalties, then the largest logit, or top-k, top-p, min-p, temperature and a draw; then the
+grammar tests the choice, and only where it refuses it the choice is made anew among what it allows. Any
+settings that the wire lets through choose something.
 """
 
 import math
 from collections import deque
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from paddler.engine.pipe import Finish, Logprobs, SamplerSettings
 from paddler.messages.state import InferenceParameters
 
 Logits = npt.NDArray[np.float32]
@@ -21,29 +25,152 @@ _HUGE = 1e30
 _COLUMNS = 64
 _FIRST_GUESS = 256
 
+_LIKELY = 256
+"""Tokens that a grammar is asked about first, before the whole vocabulary (engine notes §5)."""
+
+_MOST_MISFITS = 8
+"""Choices in a row that would end the free part of an answer in a way its grammar cannot go on from."""
+
+_LOWEST_LOGPROB = -9999.0
+"""Said in the place of infinity, which JSON does not have."""
+
+
+class GenerationRefused(Exception):
+    """No token can be chosen for this request: it ends here, with this finish."""
+
+    def __init__(self, finish: Finish, failure: str) -> None:
+        super().__init__(failure)
+        self.finish = finish
+        self.failure = failure
+
+
+class TokenGrammar(Protocol):
+    """What a sampler needs of grammars.Grammar; all of it may raise GenerationRefused."""
+
+    @property
+    def bound(self) -> bool: ...
+    def hide(self, row: Logits) -> None: ...
+    def allows(self, token: int) -> bool: ...
+    def allowed(self, ids: Ids) -> Ids: ...
+    def accept(self, token: int) -> None: ...
+    def watch(self, token: int) -> bool: ...
+
+
+def settings_of(parameters: InferenceParameters) -> SamplerSettings:
+    """Return the settings of requests that bring none."""
+    return SamplerSettings(
+        temperature=parameters.temperature,
+        top_k=parameters.top_k,
+        top_p=parameters.top_p,
+        min_p=parameters.min_p,
+        penalty_repeat=parameters.penalty_repeat,
+        penalty_frequency=parameters.penalty_frequency,
+        penalty_presence=parameters.penalty_presence,
+        penalty_last_n=parameters.penalty_last_n,
+    )
+
 
 class Sampler:
     """The choices of one request; `row` in pick() is written to."""
 
+    logprobs: Logprobs | None = None
+    """Of the token picked last, where the request asks for them; of the model's logits, before biases."""
+
     def __init__(
-        self, parameters: InferenceParameters, prompt: npt.NDArray[np.int32], *, seed: int | None = None
+        self,
+        settings: SamplerSettings,
+        prompt: npt.NDArray[np.int32],
+        *,
+        n_vocab: int,
+        end_tokens: frozenset[int] = frozenset(),
+        text_of: Callable[[int], str] = str,
+        grammar: TokenGrammar | None = None,
     ) -> None:
-        self._greedy = parameters.temperature <= 0 or parameters.top_k == 1
-        self._temperature = parameters.temperature
-        self._top_k = parameters.top_k
-        self._top_p = parameters.top_p
-        self._min_p = min(parameters.min_p, 1.0)
-        self._penalties = _Penalties(parameters, prompt) if _penalises(parameters) else None
-        self._random = np.random.default_rng(seed)
+        """Begin behind a prompt. Raises GenerationRefused.
+
+        `text_of` spells a token out for logprobs. A grammar says when an answer ends: `ignore_eos` gives
+        way to it.
+        """
+        self._greedy = settings.temperature <= 0 or settings.top_k == 1
+        self._temperature = settings.temperature
+        self._top_k = settings.top_k
+        self._top_p = settings.top_p
+        self._min_p = min(settings.min_p, 1.0)
+        self._penalties = _Penalties(settings, prompt) if _penalises(settings) else None
+        self._random = np.random.default_rng(settings.seed)
+        self._end_tokens = end_tokens
+        self._bias = _Bias(settings.logit_bias, n_vocab) if settings.logit_bias else None
+        banned = sorted(end_tokens) if settings.ignore_eos and grammar is None else []
+        self._banned = np.array(banned, np.intp)
+        self._top_logprobs = settings.top_logprobs
+        self._text_of = text_of
+        self._grammar = grammar
+        self._plain = (
+            self._penalties is None
+            and self._bias is None
+            and not len(self._banned)
+            and self._top_logprobs is None
+            and grammar is None
+        )
 
     def pick(self, row: Logits) -> int:
-        """Return the next token and remember it for the penalties."""
+        """Return the next token and remember it. Raises GenerationRefused."""
+        if self._plain:
+            return self._choose(row)
+        raw = row.copy() if self._top_logprobs is not None else None
+        if self._bias is not None:
+            self._bias.apply(row)
         if self._penalties is not None:
             self._penalties.apply(row)
-        token = int(row.argmax()) if self._greedy else self._draw(row)
+        row[self._banned] = -np.inf
+        token = self._choose(row) if self._grammar is None else self._choose_within(row, self._grammar)
         if self._penalties is not None:
             self._penalties.remember(token)
+        if raw is not None:
+            self.logprobs = (self._logprobs_of(raw, token),)
         return token
+
+    def _choose(self, row: Logits) -> int:
+        return int(row.argmax()) if self._greedy else self._draw(row)
+
+    def _choose_within(self, row: Logits, grammar: TokenGrammar) -> int:
+        """Choose what the grammar allows, and tell it."""
+        if not grammar.bound:
+            return self._choose_freely(row, grammar)
+        grammar.hide(row)
+        token = self._choose(row)
+        if not (np.isfinite(row[token]) and grammar.allows(token)):
+            token = self._choose_allowed(row, grammar)
+        if token not in self._end_tokens:
+            grammar.accept(token)
+        return token
+
+    def _choose_allowed(self, row: Logits, grammar: TokenGrammar) -> int:
+        for ids in (_largest(row, min(_LIKELY, len(row))), np.arange(len(row))):
+            allowed = grammar.allowed(ids[np.isfinite(row[ids])])
+            if len(allowed):
+                return int(allowed[self._choose(row[allowed])])
+        raise GenerationRefused(Finish.GRAMMAR_REJECTED, "grammar allows no token that the model can choose")
+
+    def _choose_freely(self, row: Logits, grammar: TokenGrammar) -> int:
+        """Choose before the grammar begins, but nothing that it could not go on from."""
+        for _ in range(_MOST_MISFITS):
+            token = self._choose(row)
+            if grammar.watch(token):
+                return token
+            row[token] = -np.inf
+        raise GenerationRefused(Finish.GRAMMAR_REJECTED, "grammar cannot begin as the model wants to go on")
+
+    def _logprobs_of(self, row: Logits, token: int) -> tuple[str, float, tuple[tuple[str, float], ...]]:
+        highest = float(row.max())
+        log_total = highest + math.log(float(np.exp(row - np.float32(highest)).sum(dtype=np.float64)))
+
+        def of(other: int) -> tuple[str, float]:
+            logprob = float(row[other]) - log_total
+            return self._text_of(other), max(_LOWEST_LOGPROB, logprob)  # NaN, too
+
+        top = _largest(row, min(self._top_logprobs, len(row))) if self._top_logprobs else ()
+        return (*of(token), tuple(of(int(other)) for other in top))
 
     def _draw(self, row: Logits) -> int:
         ids = self._candidates(row)
@@ -109,24 +236,40 @@ def _nucleus_of_all(row: Logits, top_p: float) -> Ids:
     return _nucleus(row, np.argsort(-row, kind="stable"), top_p)
 
 
-def _penalises(parameters: InferenceParameters) -> bool:
-    return parameters.penalty_last_n != 0 and (
-        _repeat(parameters) != 1 or parameters.penalty_frequency != 0 or parameters.penalty_presence != 0
+class _Bias:
+    """What a request adds to single logits."""
+
+    def __init__(self, biases: dict[int, float], n_vocab: int) -> None:
+        for token in biases:
+            if not 0 <= token < n_vocab:
+                raise GenerationRefused(
+                    Finish.FAILED, f"logit_bias names token {token}, the model has {n_vocab}"
+                )
+        self._ids = np.array(list(biases), np.intp)
+        self._biases = np.array(list(biases.values()), np.float32)
+
+    def apply(self, row: Logits) -> None:
+        row[self._ids] += self._biases
+
+
+def _penalises(settings: SamplerSettings) -> bool:
+    return settings.penalty_last_n != 0 and (
+        _repeat(settings) != 1 or settings.penalty_frequency != 0 or settings.penalty_presence != 0
     )
 
 
-def _repeat(parameters: InferenceParameters) -> float:
-    return parameters.penalty_repeat if parameters.penalty_repeat > 0 else 1.0  # not a factor: no penalty
+def _repeat(settings: SamplerSettings) -> float:
+    return settings.penalty_repeat if settings.penalty_repeat > 0 else 1.0  # not a factor: no penalty
 
 
 class _Penalties:
     """Which tokens the last n of prompt and answer hold, counted as they come and go."""
 
-    def __init__(self, parameters: InferenceParameters, prompt: npt.NDArray[np.int32]) -> None:
-        self._repeat = _repeat(parameters)
-        self._frequency = parameters.penalty_frequency
-        self._presence = parameters.penalty_presence
-        last_n = parameters.penalty_last_n
+    def __init__(self, settings: SamplerSettings, prompt: npt.NDArray[np.int32]) -> None:
+        self._repeat = _repeat(settings)
+        self._frequency = settings.penalty_frequency
+        self._presence = settings.penalty_presence
+        last_n = settings.penalty_last_n
         self._window: deque[int] | None = deque() if last_n > 0 else None  # below 0: the whole context
         self._last_n = last_n
         seen = prompt[-last_n:] if last_n > 0 else prompt

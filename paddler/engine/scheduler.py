@@ -1,11 +1,11 @@
 """Which sequences take part in the next turn, how much of a prompt it may hold, who yields KV cells. Pure.
 
-A turn is at most two decodes, never mixed: one batch with the pending token of every generating
-sequence, then one chunk of one prompt. Requests take slots in order of arrival, the lowest free slot
-first (slots with adjacent ids are computed together); prompts take turns.
+A turn decodes the pending tokens of all generating sequences, together or one by one, and then chunks
+of prompts, never mixed: one of each prompt at most, as many as the time allows. Requests are admitted
+in order of arrival, as many as there are slots; which slot is decided when the prompt is known
+(prefixes.py). Prompts take turns.
 """
 
-import heapq
 from collections import deque
 
 from paddler.engine.sequences import EVICTED, GRID, Sequence
@@ -19,12 +19,15 @@ _ALONE_BUDGET = 2.0
 
 _NEWEST_WEIGHT = 0.3
 
+_DECODES_BETWEEN_LOOKS = 256
+_CLEARLY_FASTER = 0.9
+
 
 class Scheduler:
-    """The sequences of one engine and the slots they hold."""
+    """The sequences of one engine: those that wait, and at most as many as there are slots that run."""
 
     def __init__(self, *, slots: int) -> None:
-        self._free = list(range(slots))
+        self._slots = slots
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         self._prompts: deque[Sequence] = deque()
@@ -36,7 +39,7 @@ class Scheduler:
     @property
     def reading(self) -> bool:
         """Say whether there is nothing to do before a prompt is tokenised."""
-        admissible = self._free and self._waiting
+        admissible = self._waiting and len(self._running) < self._slots
         unread = all(sequence.prompt is None for sequence in self._running.values())
         return bool(self._running) and unread and not admissible
 
@@ -50,45 +53,48 @@ class Scheduler:
         return next((waiting for waiting in self._waiting if waiting.generation == generation), None)
 
     def admit(self) -> list[Sequence]:
-        """Give free slots to waiting sequences and return those."""
+        """Let waiting sequences run while there are slots for them, and return those."""
         admitted = []
-        while self._free and self._waiting:
+        while self._waiting and len(self._running) < self._slots:
             sequence = self._waiting.popleft()
-            sequence.slot = heapq.heappop(self._free)
             self._running[sequence.generation] = sequence
             self._prompts.append(sequence)
             admitted.append(sequence)
         return admitted
 
     def release(self, sequence: Sequence) -> None:
-        """Forget a finished sequence; its slot is free again."""
-        if sequence.slot is None:
+        """Forget a finished sequence; another can be admitted."""
+        if sequence.generation not in self._running:
             self._waiting.remove(sequence)
             return
         del self._running[sequence.generation]
-        heapq.heappush(self._free, sequence.slot)
         if sequence in self._prompts:
             self._prompts.remove(sequence)
+
+    def placeable(self) -> list[Sequence]:
+        """Return the sequences that need a slot, in order of arrival."""
+        return [sequence for sequence in self._running.values() if sequence.placeable]
 
     def generating(self) -> list[Sequence]:
         """Return the sequences of the next decode, by slot."""
         generating = [sequence for sequence in self._running.values() if sequence.generating]
         return sorted(generating, key=lambda sequence: sequence.slot or 0)
 
-    def next_prompt(self) -> Sequence | None:
-        """Return the sequence whose prompt is next in turn."""
-        for _ in range(len(self._prompts)):
-            sequence = self._prompts.popleft()
-            if sequence.generating:
-                continue
-            self._prompts.append(sequence)
-            if sequence.ingesting:
-                return sequence
-        return None
+    def prompts(self) -> list[Sequence]:
+        """Return the sequences whose prompts are being computed, the one whose turn it is first."""
+        if self._prompts:
+            self._prompts = deque(sequence for sequence in self._prompts if not sequence.generating)
+        return [sequence for sequence in self._prompts if sequence.ingesting]
+
+    def had_turn(self, sequence: Sequence) -> None:
+        """Let the other prompts go before this one's next chunk."""
+        self._prompts.remove(sequence)
+        self._prompts.append(sequence)
 
     def evict(self) -> Sequence:
         """End the sequence with the most cells because there are no more, the youngest of equals."""
-        victim = max(self._running.values(), key=lambda sequence: (sequence.position, sequence.generation))
+        placed = [sequence for sequence in self._running.values() if sequence.slot is not None]
+        victim = max(placed, key=lambda sequence: (sequence.position, sequence.generation))
         victim.fail(f"{EVICTED}: no cell is free after {victim.position} tokens")
         return victim
 
@@ -101,11 +107,17 @@ class TurnBudget:
         self._seconds_per_token = max(seconds_per_token, 1e-9)
         self._last_decode = 0.0
 
-    def chunk_limit(self, *, company: bool) -> int:
-        """Return the largest chunk for the next turn: a multiple of the grid that fits the time."""
+    def chunk_limit(self, *, company: bool, spent: float | None = None) -> int:
+        """Return the largest chunk that fits a turn, a multiple of the grid.
+
+        The first chunk of a turn always gets one interval of the grid. Later ones may get nothing; those
+        before them have `spent` so many seconds.
+        """
         budget = max(_DECODES_PER_BUDGET * self._last_decode, _SHORTEST_BUDGET) if company else _ALONE_BUDGET
-        affordable = int(min(budget / self._seconds_per_token, self._max_chunk))
-        return min(max(affordable // GRID, 1) * GRID, self._max_chunk)
+        left = max(budget - (spent or 0.0), 0.0)
+        affordable = int(min(left / self._seconds_per_token, self._max_chunk))
+        least = 1 if spent is None else 0
+        return min(max(affordable // GRID, least) * GRID, self._max_chunk)
 
     def decoded(self, seconds: float) -> None:
         self._last_decode = seconds
@@ -115,3 +127,43 @@ class TurnBudget:
             return
         newest = seconds / n_tokens
         self._seconds_per_token += _NEWEST_WEIGHT * (newest - self._seconds_per_token)
+
+
+class DecodeWidth:
+    """Whether pending tokens are decoded together or one by one: whichever has been faster lately.
+
+    Together the weights are read once for all, which is what batching is for. Where they stay in the
+    processor's caches, llama.cpp's kernels for a few rows can take longer than as many single rows (Q8_0, 49
+    million parameters, AVX-512, one thread: 10 ms for two rows, 2.2 ms for one). Nothing is tried blindly:
+    one by one is chosen when single decodes, as measured, promise it, and the batch is measured again
+    now and then.
+    """
+
+    def __init__(self) -> None:
+        self._single: float | None = None
+        self._together: dict[int, float] = {}
+        self._since_together: dict[int, int] = {}
+
+    def is_one_by_one(self, count: int) -> bool:
+        """Decide for so many pending tokens."""
+        together = self._together.get(count)
+        if count == 1 or self._single is None or together is None:
+            return False
+        if self._since_together[count] >= _DECODES_BETWEEN_LOOKS:
+            return False
+        return count * self._single < _CLEARLY_FASTER * together
+
+    def decoded(self, count: int, seconds: float, *, one_by_one: bool) -> None:
+        """Take note of how long a decode of so many took."""
+        if one_by_one or count == 1:
+            self._since_together[count] = self._since_together.get(count, 0) + 1
+            self._single = _averaged(self._single, seconds / count)
+        elif count in self._since_together:
+            self._since_together[count] = 0
+            self._together[count] = _averaged(self._together.get(count), seconds)
+        else:
+            self._since_together[count] = 0  # llama.cpp builds its graph anew: the first says nothing
+
+
+def _averaged(average: float | None, newest: float) -> float:
+    return newest if average is None else average + _NEWEST_WEIGHT * (newest - average)

@@ -10,6 +10,7 @@ import trio
 from quart import Response, websocket
 
 from paddler.http.admission import invalid_parameters, is_embeddings_mode
+from paddler.http.embeddings import embedding_response
 from paddler.http.inference_socket import serve_inference_socket
 from paddler.http.replies import token_response
 from paddler.http.surface import Refusal, SurfaceApp, make_app, read_json, structure
@@ -30,7 +31,6 @@ NO_STATE_TEXT: Final = "Balancer applicable state is not yet set"
 EMBEDDINGS_OFF_TEXT: Final = "Embedding generation is not enabled in the inference parameters"
 NO_AGENTS_TEXT: Final = "No agents are currently connected"
 NO_BATCH_SIZE_TEXT: Final = "embedding_batch_size is zero despite validation"
-NO_EMBEDDINGS_YET_TEXT: Final = "Embedding batches are not supported yet"
 
 
 def make_inference_app(
@@ -63,7 +63,7 @@ def make_inference_app(
 
     @app.post("/api/v1/generate_embedding_batch")
     async def generate_embedding_batch() -> Response:
-        structure(_with_input_batch(await read_json()), GenerateEmbeddingBatch)
+        batch = structure(_with_input_batch(await read_json()), GenerateEmbeddingBatch)
         state = reconciliation.applicable_state
         if state is None:
             raise Refusal(503, NO_STATE_TEXT)
@@ -71,9 +71,10 @@ def make_inference_app(
             raise Refusal(501, EMBEDDINGS_OFF_TEXT)
         if len(fleet) == 0:
             raise Refusal(503, NO_AGENTS_TEXT)
-        if state.inference_parameters.embedding_batch_size == 0:
+        batch_size = state.inference_parameters.embedding_batch_size
+        if batch_size == 0:
             raise Refusal(500, NO_BATCH_SIZE_TEXT)
-        raise Refusal(501, NO_EMBEDDINGS_YET_TEXT)
+        return embedding_response(relay, batch, agents=len(fleet), batch_size=batch_size)
 
     @app.websocket("/api/v1/inference_socket")
     async def inference_socket() -> None:

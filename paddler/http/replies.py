@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from paddler.balancer.changes import Subscription
     from paddler.balancer.relay import Relay
     from paddler.balancer.running_requests import Reply
-    from paddler.messages.inference import TokenRequest
+    from paddler.messages.inference import Request, TokenRequest
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class Envelope:
         return wire.encode(error_envelope(request_id=self._request_id, error=error))
 
     def _for_agent(self, agent_name: str | None) -> dict[str, tuple[str, str]]:
-        def around(result: object) -> tuple[str, str]:
-            response = {"GeneratedToken": result}
+        def around(result: object, kind: str = "GeneratedToken") -> tuple[str, str]:
+            response = {kind: result}
             envelope = wire.encode(
                 response_envelope(generated_by=agent_name, request_id=self._request_id, response=response)
             )
@@ -80,10 +80,11 @@ class Envelope:
         whole = around(0)
         tokens = {section.value: around({TOKEN_VARIANTS[section]: 0}) for section in TOKEN_VARIANTS}
         assert tokens.keys() == TOKEN_LETTERS
-        return {**tokens, "E": whole, "D": whole}
+        embedding = around(0, "Embedding")
+        return {**tokens, "E": whole, "D": whole, "V": embedding, "F": embedding}
 
 
-async def serve_request(relay: "Relay", message: "TokenRequest", reply: "Reply", *, request_id: str) -> None:
+async def serve_request(relay: "Relay", message: "Request", reply: "Reply", *, request_id: str) -> None:
     """Let the relay answer one request; whatever breaks in there breaks this request only."""
     try:
         await relay.serve(message, reply)
@@ -108,7 +109,7 @@ class _Body(ResponseBody, AsyncIterator[bytes]):
 
 
 class TokenReply(_Body):
-    """The body of one token request: a line per message, written through to the socket.
+    """The body of one request: a line per message, written through to the socket.
 
     Quart sends status and headers, then asks for the body once; everything happens within that call.
     HTTP allows to go past h11 there: it keeps no state between the chunks of a body, nor between the
@@ -120,11 +121,17 @@ class TokenReply(_Body):
     """
 
     def __init__(
-        self, serve: Callable[["TokenReply"], Awaitable[None]], *, request_id: str, connection: Connection
+        self,
+        serve: Callable[["TokenReply"], Awaitable[None]],
+        *,
+        request_id: str,
+        connection: Connection,
+        unsent_limit_bytes: int = UNSENT_LIMIT_BYTES,
     ) -> None:
         self.request_id = request_id
         self._serve = serve
         self._connection = connection
+        self._unsent_limit_bytes = unsent_limit_bytes
         self._chunked = request.http_version == "1.1"
         self._envelope = Envelope(request_id)
         self._pending: list[bytes] = []
@@ -138,12 +145,13 @@ class TokenReply(_Body):
     # Reply: plain calls of the relay
 
     def piece(self, agent_name: str | None, letter: str, text: str) -> None:
-        self._feed(self._envelope.message(agent_name, letter, text))
+        self.feed(self._envelope.message(agent_name, letter, text))
 
     def error(self, error: StreamError) -> None:
-        self._feed(self._envelope.error(error))
+        self.feed(self._envelope.error(error))
 
-    def _feed(self, message: str) -> None:
+    def feed(self, message: str) -> None:
+        """Take a finished message. A plain call; over the limit, the connection is ended instead."""
         if self._failed:
             return
         data = message.encode() + b"\n"
@@ -162,7 +170,7 @@ class TokenReply(_Body):
             data = data[sent:]
         self._pending.append(data)
         self._unsent += len(data)
-        if self._unsent > UNSENT_LIMIT_BYTES:
+        if self._unsent > self._unsent_limit_bytes:
             self._fail("its client reads too slowly")
         else:
             self._wake()

@@ -1,20 +1,21 @@
 """A conversation and a model's chat template become a prompt.
 
-Templates come from model files and operators: they run in jinja2's immutable sandbox, and the
-caller bounds their time and memory (agent/preparation.py).
+Templates differ in what they expect of a conversation; which form one understands is found out by
+rendering. They come from model files and operators: see template_environment.py for what bounds them.
 """
 
 import json
+import re
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any, NoReturn, cast
+from itertools import product
+from typing import Any, NoReturn
 
 import attrs
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from paddler.errors import PaddlerError
+from paddler.language.template_environment import CompiledTemplate, TemplateFailed
 from paddler.messages.inference import (
+    CalledTool,
     ContinueFromConversationHistory,
     ConversationMessage,
     ImagePart,
@@ -22,23 +23,26 @@ from paddler.messages.inference import (
     Tool,
 )
 
+# Theory of operation
+#
+# `template_variables` writes a request as JSON, in OpenAI's form. What cannot please every template
+# is settled while rendering, each by looking at what the template makes of it:
+#
+# 1. Tool calls of earlier messages (`_CallForm`): arguments as objects, else as JSON texts; empty
+#    content as "", else none. A probe with arguments of a name nobody uses decides, once per template.
+# 2. Content parts: as lists, else as their joined texts.
+# 3. No tools: none, as `transformers` has it (templates test `tools is not none`); [] for templates
+#    that fail with none.
+# 4. Reasoning of earlier messages: under the name that the template reads.
+
 MEDIA_MARKER = "<__media__>"
 """Stands for an image in a prompt, as libmtmd expects it."""
 
-MAX_PROMPT_CHARACTERS = 4 * 1024 * 1024
-"""Longer than any context; escaped as JSON, at most twelve bytes each, it still fits an engine frame."""
+REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
+"""What templates call an earlier message's reasoning; the first that a template reads is used."""
 
-MAX_INDENT = 64
-
-
-@attrs.define(eq=False)
-class TemplateFailed(PaddlerError):
-    """A template does not compile, or does not render this conversation."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason
+FIREFUNCTION_NAMES = frozenset({"functions", "datetime"})
+"""Firefunction's template needs its tools and the time as texts, under names of its own."""
 
 
 @attrs.frozen
@@ -54,9 +58,23 @@ def template_variables(request: ContinueFromConversationHistory) -> dict[str, An
     return {
         "messages": [_message_variable(message) for message in request.conversation_history],
         "tools": [_tool_variable(tool) for tool in request.tools],
+        "documents": None if request.documents is None else [*request.documents],
         "add_generation_prompt": request.add_generation_prompt,
         "enable_thinking": request.enable_thinking,
+        "thinking": request.enable_thinking,  # as DeepSeek and Granite call it
     }
+
+
+@attrs.frozen
+class _CallForm:
+    """How a template wants the tool calls of earlier messages."""
+
+    arguments_are_text: bool
+    empty_content: str | None
+
+
+_CALL_FORMS = tuple(_CallForm(*choice) for choice in ((False, ""), (True, ""), (False, None), (True, None)))
+"""Preferred first: those that fewest templates mistake."""
 
 
 class PromptTemplate:
@@ -66,14 +84,10 @@ class PromptTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        try:
-            self._template = _ENVIRONMENT.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise TemplateFailed(f"syntax error in line {error.lineno}: {error.message}") from None
-        except MemoryError:
-            raise
-        except Exception as error:  # Python's own compiler meets what jinja2 made of the template
-            raise TemplateFailed(f"{type(error).__name__}: {error}") from None
+        self._template = CompiledTemplate(source)
+        names = self._template.attribute_names
+        self._reasoning_name = next((name for name in REASONING_NAMES if name in names), REASONING_NAMES[0])
+        self._call_form: _CallForm | None = None
 
     def render(self, variables: dict[str, Any], *, now: datetime) -> Prompt:
         """Render a conversation; `now` is what `strftime_now` shows. Raises TemplateFailed.
@@ -82,6 +96,10 @@ class PromptTemplate:
         have none.
         """
         scope = variables | {"strftime_now": now.strftime}
+        if self._template.variable_names >= FIREFUNCTION_NAMES:
+            functions = json.dumps(scope["tools"], ensure_ascii=False, indent=4)
+            scope |= {"functions": functions, "datetime": now.strftime("%Y-%m-%d %H:%M:%S")}
+        scope = _with_call_form(scope, self._call_form_for(scope))
         text = self._render_content(scope)
         if not scope["add_generation_prompt"]:
             return Prompt(text, "")
@@ -90,6 +108,29 @@ class PromptTemplate:
         except TemplateFailed:
             return Prompt(text, "")
         return Prompt(text, text[_common_start(text, without) :])
+
+    def _call_form_for(self, scope: dict[str, Any]) -> _CallForm:
+        """Return how the calls of this conversation are to be written.
+
+        The best form is that in which the template shows most of the probed arguments, unharmed.
+        """
+        calls = sum(len(message.get("tool_calls", ())) for message in scope["messages"])
+        if self._call_form is not None or not calls:
+            return self._call_form or _CALL_FORMS[0]
+        best, best_shown = _CALL_FORMS[0], 0
+        for form in _CALL_FORMS:
+            try:
+                text = self._render_content(_with_call_form(scope, form, _PROBE))
+            except TemplateFailed:
+                continue
+            shown = len(_UNHARMED_PROBE.findall(text))
+            if shown > best_shown:
+                best, best_shown = form, shown
+            if shown >= calls:
+                break
+        if best_shown:
+            self._call_form = best
+        return best
 
     def _render_content(self, scope: dict[str, Any]) -> str:
         """Render with part lists; for a template that expects strings, with their joined texts instead.
@@ -106,54 +147,126 @@ class PromptTemplate:
             text = None
         if text is not None and _shows_parts(text, part_lists):
             return text
-        as_strings = self._render_once(scope | {"messages": [_with_string(m) for m in scope["messages"]]})
+        as_strings = self._render_once(_with_messages(scope, _with_string))
         if text is not None and not _shows_parts(as_strings, part_lists):
             return text  # it shows them in neither form: the list is what the template asked for
         return as_strings
 
     def _render_once(self, scope: dict[str, Any]) -> str:
-        pieces: list[str] = []
-        room = MAX_PROMPT_CHARACTERS
-        try:
-            for piece in self._template.generate(scope):
-                room -= len(piece)
-                if room < 0:
-                    raise TemplateFailed(f"the prompt is longer than {MAX_PROMPT_CHARACTERS} characters")
-                pieces.append(piece)
-            text = "".join(pieces)
-            text.encode()
-        except (TemplateFailed, MemoryError):
-            raise
-        except UnicodeEncodeError:
-            raise TemplateFailed("the prompt is not valid Unicode") from None
-        except Exception as error:  # a template is a program: it can raise anything
-            raise TemplateFailed(f"{type(error).__name__}: {error}") from None
-        return text
+        """Render with tools and reasoning as most templates want them; if that fails, as others do."""
+        renamed = _with_messages(scope, self._with_reasoning_renamed)
+        scopes = [renamed, scope] if renamed["messages"] != scope["messages"] else [scope]
+        tools = [scope["tools"]] if scope.get("tools") else [None, []]
+        failure: TemplateFailed | None = None
+        for form, offered in product(scopes, tools):
+            try:
+                return self._template.render(form | {"tools": offered})
+            except TemplateFailed as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
+
+    def _with_reasoning_renamed(self, message: dict[str, Any]) -> dict[str, Any]:
+        if "reasoning_content" not in message:
+            return message
+        return {self._reasoning_name if key == "reasoning_content" else key: message[key] for key in message}
+
+
+# A request as JSON values.
 
 
 def _message_variable(message: ConversationMessage) -> dict[str, Any]:
-    if isinstance(message.content, str):
-        return {"role": message.role, "content": message.content}
-    return {"role": message.role, "content": [_part_variable(part) for part in message.content]}
+    content = message.content
+    variable: dict[str, Any] = {
+        "role": message.role,
+        "content": content if isinstance(content, str) else [_part_variable(part) for part in content],
+    }
+    for key in ("name", "reasoning_content", "tool_call_id"):
+        value = getattr(message, key)
+        if value is not None:
+            variable[key] = value
+    if message.tool_calls:
+        variable["tool_calls"] = [_call_variable(call) for call in message.tool_calls]
+    return variable
 
 
 def _part_variable(part: TextPart | ImagePart) -> dict[str, str]:
     return {"type": "text", "text": part.text if isinstance(part, TextPart) else MEDIA_MARKER}
 
 
+def _call_variable(call: CalledTool) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    variable = {"type": call.type, "function": function}
+    return variable if call.id is None else {"id": call.id, **variable}
+
+
 def _tool_variable(tool: Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.function.name, "description": tool.function.description}
     if tool.function.parameters is not None:
         schema = attrs.asdict(tool.function.parameters, recurse=False)
+        if schema["required"] is not None:
+            schema["required"] = [*schema["required"]]
         function["parameters"] = {key: value for key, value in schema.items() if value is not None}
     return {"type": tool.type, "function": function}
 
 
+# Other forms of the same messages.
+
+
+def _with_messages(
+    scope: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    return scope | {"messages": [change(message) for message in scope["messages"]]}
+
+
+def _with_call_form(
+    scope: dict[str, Any], form: _CallForm, probe: dict[str, str] | None = None
+) -> dict[str, Any]:
+    return _with_messages(scope, lambda message: _with_calls(message, form, probe))
+
+
 def _with_string(message: dict[str, Any]) -> dict[str, Any]:
     content = message["content"]
-    if type(content) is str:
+    if type(content) is str or content is None:
         return message
     return message | {"content": "\n".join([part["text"] for part in content])}
+
+
+def _with_calls(
+    message: dict[str, Any], form: _CallForm, probe: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Write the calls of a message in a form, with the probe for arguments if there is one."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        arguments = _arguments(function["arguments"] if probe is None else probe, form)
+        calls.append(call | {"function": function | {"arguments": arguments}})
+    content = message["content"] or form.empty_content
+    return message | {"content": content, "tool_calls": calls}
+
+
+def _arguments(arguments: Any, form: _CallForm) -> Any:
+    if form.arguments_are_text:
+        return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return arguments  # what the model wrote is no JSON, and stays as it is
+    return value if isinstance(value, dict) else arguments
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_PROBE = {"paddler_probe": "probed"}
+
+_UNHARMED_PROBE = re.compile(r"""(?<!')(?<!\\")\bpaddler_probe\b""")
+"""The name neither in Python's quotes, as a printed dict has it, nor in escaped ones, as JSON in JSON."""
 
 
 def _common_start(text: str, other: str) -> int:
@@ -173,61 +286,3 @@ def _shows_parts(text: str, part_lists: list[list[dict[str, str]]]) -> bool:
         return False
     texts = [part["text"].strip() for parts in part_lists for part in parts]
     return not any(texts) or any(shown in text for shown in texts if shown)
-
-
-# What templates can call, beyond jinja2's own.
-
-
-def _raise_exception(message: object) -> NoReturn:
-    raise TemplateFailed(f"the model's chat template raised an exception: {message}")
-
-
-def tojson(
-    value: Any, indent: int | None = None, *, ensure_ascii: bool = False, sort_keys: bool = False
-) -> str:
-    """Write JSON the way models were trained on it: unescaped, a blank after `,` and `:`."""
-    if ensure_ascii or sort_keys:
-        raise ValueError("tojson supports neither ensure_ascii=True nor sort_keys=True")
-    if indent is True:
-        indent = 2
-    if indent is not None and not 0 <= indent <= MAX_INDENT:
-        raise ValueError(f"tojson needs an indent of 0 to {MAX_INDENT}")
-    return json.dumps(value, ensure_ascii=False, indent=indent or None)
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what training counts as the answer; it means nothing when rendering."""
-
-    tags = {"generation"}  # noqa: RUF012 jinja2 declares it this way
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Lenient(dict[str, Any]):
-    """A table of filters or tests in which unknown names fail when they are used, not at compile time.
-
-    jinja2's compiler looks names up by `get`; what it generates looks again, by key, and raises then.
-    """
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name, default or _unknown)
-
-
-def _unknown(*_: object) -> NoReturn:
-    raise AssertionError("generated code looks names up by key")
-
-
-def _make_environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = tojson
-    environment.filters = cast("Any", _Lenient(environment.filters))  # jinja2 declares exactly a dict
-    environment.tests = cast("Any", _Lenient(environment.tests))
-    environment.globals["raise_exception"] = _raise_exception
-    return environment
-
-
-_ENVIRONMENT = _make_environment()

@@ -9,11 +9,13 @@ one decode step gave, for all slots, in a form that is taken apart without a JSO
     …
 
 separated by line feeds, one line per piece; `request` is the number the balancer gave in
-`Generate`. JSON escapes line feeds, so no text can break a line. Letters:
+`Generate` or `Embed`. JSON escapes line feeds, so no text can break a line. Letters:
 
     C R T U   a token message of that Section; JSON is the escaped text, a JSON string
     E         another, non-terminal GeneratedTokenResult, whole
     D         a terminal GeneratedTokenResult, whole
+    V         a non-terminal EmbeddingResult, whole
+    F         a terminal EmbeddingResult, whole
     X         terminal: a StreamError object, becomes an `Error` envelope
     B         terminal: the agent bounces the request untouched (its drain began); JSON is `null`
 
@@ -25,7 +27,7 @@ import json
 import attrs
 
 from paddler.errors import RemoteProtocolError
-from paddler.messages.inference import TokenRequest
+from paddler.messages.inference import GenerateEmbeddingBatch, Request, TokenRequest
 from paddler.messages.numbers import Int32, Uint32, Unsigned
 from paddler.messages.snapshots import ModelMetadata
 from paddler.messages.state import AgentIssue, ApplicableState, ChatTemplate, StateApplicationStatus
@@ -34,11 +36,11 @@ PROTOCOL = 2
 """Number of this protocol; unequal numbers refuse each other with one clear line."""
 
 PART_CHARACTERS = 256 * 1024
-"""A `Generate` frame longer than this travels as `Part`s, so that nothing waits behind it."""
+"""A request's frame longer than this travels as `Part`s, so that nothing waits behind it."""
 
 TOKEN_LETTERS = frozenset("CRTU")
-TERMINAL_LETTERS = frozenset("DXB")
-LETTERS = TOKEN_LETTERS | TERMINAL_LETTERS | {"E"}
+TERMINAL_LETTERS = frozenset("DFXB")
+LETTERS = TOKEN_LETTERS | TERMINAL_LETTERS | {"E", "V"}
 
 
 @attrs.frozen
@@ -60,6 +62,14 @@ class Generate:
 
     request: Unsigned
     body: TokenRequest
+
+
+@attrs.frozen
+class Embed:
+    """Make vectors of these documents; numbers are those of `Generate`."""
+
+    request: Unsigned
+    body: GenerateEmbeddingBatch
 
 
 @attrs.frozen
@@ -91,7 +101,14 @@ class Heartbeat:
     """Sent in silence, by both sides."""
 
 
-BalancerFrame = Welcome | SetState | Generate | Part | Stop | Ask | Heartbeat
+RequestFrame = Generate | Embed
+
+BalancerFrame = Welcome | SetState | Generate | Embed | Part | Stop | Ask | Heartbeat
+
+
+def request_frame(number: int, body: Request) -> RequestFrame:
+    """Return the frame that hands a request to an agent."""
+    return Embed(number, body) if isinstance(body, GenerateEmbeddingBatch) else Generate(number, body)
 
 
 @attrs.frozen

@@ -168,6 +168,10 @@ class GenerateEmbeddingBatch:
     normalization_method: NormalizationMethod
 
 
+Request = TokenRequest | GenerateEmbeddingBatch
+"""What takes a slot of an agent."""
+
+
 def undeclared_required_field(request: TokenRequest) -> str | None:
     """Return the first name that a tool requires but does not declare, or None."""
     if isinstance(request, ContinueFromRawPrompt):

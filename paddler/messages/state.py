@@ -1,11 +1,13 @@
 """Desired state, applicable state, model references, inference parameters, agent issues."""
 
 import enum
-from typing import Literal
+from typing import Annotated, Literal
 
 import attrs
 
-from paddler.messages.numbers import Float32, Int32, Uint32, Unsigned
+from paddler.messages.numbers import Float32, FloatRange, Int32, Uint32, Unsigned
+
+MAX_LORA_ADAPTERS = 16
 
 
 class KvCacheDtype(enum.StrEnum):
@@ -114,6 +116,17 @@ class UrlModel:
 
 ModelSource = Literal["None"] | HuggingFaceModel | LocalModel | UrlModel
 
+LoraSource = HuggingFaceModel | LocalModel | UrlModel
+LoraScale = Annotated[float, FloatRange(100.0)]
+
+
+@attrs.frozen
+class LoraAdapter:
+    """A file of low-rank changes to the model's weights, and how strongly they count."""
+
+    source: LoraSource
+    scale: LoraScale = 1.0
+
 
 @attrs.frozen
 class ChatTemplate:
@@ -129,6 +142,8 @@ class DesiredState:
     multimodal_projection: ModelSource
     use_chat_template_override: bool
     chat_template_override: ChatTemplate | None = None
+    lora_adapters: tuple[LoraAdapter, ...] = ()
+    """Not written while empty: strict clients of Paddler 4.1 do not know the key."""
 
     def applicable(self) -> "ApplicableState":
         """Return what agents are told: the override only when its flag is on."""
@@ -137,6 +152,7 @@ class DesiredState:
             inference_parameters=self.inference_parameters,
             model=self.model,
             multimodal_projection=self.multimodal_projection,
+            lora_adapters=self.lora_adapters,
         )
 
 
@@ -156,6 +172,7 @@ class ApplicableState:
     inference_parameters: InferenceParameters
     model: ModelSource
     multimodal_projection: ModelSource
+    lora_adapters: tuple[LoraAdapter, ...] = ()
 
 
 def invalid_parameter(state: DesiredState) -> str | None:
@@ -164,6 +181,8 @@ def invalid_parameter(state: DesiredState) -> str | None:
         return "image_resize_to_fit must be greater than zero"
     if state.inference_parameters.embedding_batch_size == 0:
         return "embedding_batch_size must be greater than zero"
+    if len(state.lora_adapters) > MAX_LORA_ADAPTERS:
+        return f"lora_adapters must be at most {MAX_LORA_ADAPTERS}"
     return None
 
 

@@ -11,10 +11,10 @@ import types
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 import attrs
-from cattrs.gen import make_dict_unstructure_fn
+from cattrs.gen import make_dict_unstructure_fn, override
 
 from paddler.errors import RemoteProtocolError
-from paddler.messages import agent_socket, inference, inference_socket, state, tokens
+from paddler.messages import agent_socket, embeddings, inference, inference_socket, state, tokens
 from paddler.messages.sampling import Sampling
 from paddler.messages.strict_json import (
     INVALID,
@@ -240,7 +240,10 @@ for _family in (
     tokens.ToolCallArguments,
     tokens.Event,
     tokens.Terminal,
+    embeddings.EmbeddingTerminal,
+    embeddings.EmbeddingResult,
     state.ModelSource,
+    state.LoraSource,
     state.AgentIssue,
     agent_socket.BalancerFrame,
     agent_socket.AgentFrame,
@@ -267,4 +270,9 @@ for _class in (
 ):
     converter.register_unstructure_hook(
         _class, make_dict_unstructure_fn(_class, converter, _cattrs_omit_if_default=True)
+    )
+for _state in (state.DesiredState, state.ApplicableState):
+    converter.register_unstructure_hook(
+        _state,
+        make_dict_unstructure_fn(_state, converter, lora_adapters=override(omit_if_default=True)),
     )

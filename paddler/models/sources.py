@@ -12,6 +12,7 @@ from paddler.errors import ModelUnavailable
 from paddler.messages.state import (
     HuggingFaceModel,
     LocalModel,
+    LoraSource,
     ModelCannotBeLoaded,
     ModelFileDoesNotExist,
     ModelSource,
@@ -62,6 +63,13 @@ async def resolve_projection(source: ModelSource) -> str | None:
             raise SourceNotServed((MultimodalProjectionCannotBeLoaded(reference_text(source)),))
         case _:
             assert_never(source)
+
+
+async def resolve_adapter(source: LoraSource) -> str:
+    """Return the path of a LoRA adapter's file; like `resolve_model`."""
+    path = await resolve_model(source)
+    assert path is not None
+    return path
 
 
 async def check_projection(path: str) -> None:

@@ -16,7 +16,9 @@ import attrs
 
 from paddler.messages.agent_socket import AgentStatus
 from paddler.messages.snapshots import AgentSnapshot, AgentsSnapshot
-from paddler.routing.policies import least_busy
+from paddler.routing.chains import NO_CHAIN, Chain
+from paddler.routing.held_prefixes import NO_SAVING, HeldPrefixes
+from paddler.routing.policies import Offer, choose
 
 
 @attrs.define(eq=False)
@@ -30,6 +32,18 @@ class Agent:
     reports: int = 0
     """How many statuses followed the first; tells a later status from the one a request was bounced under."""
     connected: bool = True
+    prefixes: HeldPrefixes = attrs.field(factory=HeldPrefixes)
+
+    def offer(self, chain: Chain) -> Offer:
+        """Return what the agent has to offer to a request with this chain."""
+        saving = self.prefixes.saving(chain) if chain.links else NO_SAVING
+        return Offer(
+            slots_processing=self.slots_processing,
+            saved_tokens=saving.tokens,
+            is_continuation=saving.is_continuation,
+            spare_slots=self.status.slots_total - self.slots_processing - self.prefixes.idle(),
+            oldest_prefix=self.prefixes.oldest_idle(),
+        )
 
 
 class Fleet:
@@ -77,17 +91,17 @@ class Fleet:
         self._on_change()
         return True
 
-    def claim(self, refusals: Mapping[Agent, int]) -> Agent | None:
+    def claim(self, refusals: Mapping[Agent, int], chain: Chain = NO_CHAIN) -> Agent | None:
         """Choose an agent with a free slot and take the slot, in one step; None when there is none.
 
         An agent in `refusals` is no candidate until it has reported more often than noted there.
         """
-        agent = least_busy(
-            [
-                agent
+        agent = choose(
+            {
+                agent: agent.offer(chain)
                 for agent in self._agents.values()
                 if agent.slots_processing < agent.status.slots_total and refusals.get(agent) != agent.reports
-            ]
+            }
         )
         if agent is not None:
             agent.slots_processing += 1

@@ -15,6 +15,7 @@ from operator import attrgetter
 
 import attrs
 
+from paddler.routing.chains import NO_CHAIN, Chain
 from paddler.routing.fleet import Agent, Fleet
 
 _arrival = attrgetter("number")
@@ -25,6 +26,7 @@ class Ticket:
     """A request's place in the order of arrival."""
 
     number: int
+    chain: Chain = NO_CHAIN
     refusals: dict[Agent, int] = attrs.field(factory=dict)
     """Agents that bounced this request, each with the count of its reports at that time."""
 
@@ -53,10 +55,10 @@ class WaitingLine:
         """Whether newcomers are refused; who comes back is not."""
         return len(self._tickets) >= self.limit
 
-    def issue(self) -> Ticket:
-        """Return the ticket of a request that arrives now."""
+    def issue(self, chain: Chain = NO_CHAIN) -> Ticket:
+        """Return the ticket of a request that arrives now; `chain` says which agents suit it best."""
         self._issued += 1
-        return Ticket(self._issued)
+        return Ticket(self._issued, chain)
 
     def join(self, ticket: Ticket) -> None:
         """Put a ticket where its arrival puts it, whatever the limit."""
@@ -77,7 +79,7 @@ class WaitingLine:
         place = 0
         while place < len(self._tickets):
             ticket = self._tickets[place]
-            agent = fleet.claim(ticket.refusals)
+            agent = fleet.claim(ticket.refusals, ticket.chain)
             if agent is not None:
                 del self._tickets[place]
                 granted.append((ticket, agent))

@@ -10,7 +10,6 @@ the rounds' ratios. Compare the ratios: absolute numbers are those of one machin
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import re
@@ -24,84 +23,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import attrs
 from make_model import write_model
-from workload import PARAMETERS, prompt_of
-
-from paddler.messages.state import DEFAULT_DESIRED_STATE, LocalModel
-from paddler.messages.wire import unstructure
+from system import running, running_system
+from workload import prompt_of
 
 HERE = Path(__file__).parent
-START_WAIT = 60.0
 ROUND_WAIT = 600.0
 READ_BYTES = 1 << 18
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def running(*command: str, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """Run a process for the duration of the block."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(START_WAIT)
-
-
-def ask(port: int, method: str, path: str, body: object = None) -> bytes:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_WAIT)
-    headers = {"Content-Type": "application/json"}
-    connection.request(method, path, json.dumps(body) if body is not None else None, headers)
-    response = connection.getresponse()
-    answer = response.read()
-    if response.status >= 300:
-        raise SystemExit(f"{method} {path}: {response.status} {answer.decode()}")
-    return answer
-
-
-def wait_until(condition: str, port: int, *, slots: int) -> None:
-    """Wait until the management service answers, and then until an agent has its slots."""
-    deadline = time.monotonic() + START_WAIT
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            agents = json.loads(ask(port, "GET", "/api/v1/agents"))["agents"]
-            if condition == "answers" or any(agent["slots_total"] == slots for agent in agents):
-                return
-        time.sleep(0.1)
-    raise SystemExit(f"gave up waiting: {condition}")
-
-
-@contextlib.contextmanager
-def running_system(model: Path, *, slots: int) -> Iterator[int]:
-    """Run a balancer and an agent; yield the port of the inference service."""
-    inference, management = free_port(), free_port()
-    paddler = (sys.executable, "-m", "paddler")
-    environment = os.environ | {"PADDLER_LOG": "warn"}
-    balancer = (
-        *paddler, "balancer",
-        f"--inference-addr=127.0.0.1:{inference}", f"--management-addr=127.0.0.1:{management}",
-    )  # fmt: skip
-    agent = (
-        *paddler, "agent", f"--management-addr=127.0.0.1:{management}", f"--slots={slots}",
-        "--kv-layout=per-slot", "--threads=1",
-    )  # fmt: skip
-    with running(*balancer, environment=environment), running(*agent, environment=environment):
-        wait_until("answers", management, slots=slots)
-        state = attrs.evolve(
-            DEFAULT_DESIRED_STATE, model=LocalModel(str(model)), inference_parameters=PARAMETERS
-        )
-        ask(management, "PUT", "/api/v1/balancer_desired_state", unstructure(state))
-        wait_until("serves", management, slots=slots)
-        yield inference
 
 
 @contextlib.contextmanager

@@ -7,11 +7,14 @@ from functools import partial
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, serve_websocket
+from wsproto.connection import Connection as WebSocket
+from wsproto.connection import ConnectionType
+from wsproto.events import TextMessage
 
-from paddler.agent.balancer_link import new_agent_id, stay_connected
-from paddler.agent.link_session import Receive, Send
+from paddler.agent.balancer_link import WriteThrough, new_agent_id, stay_connected, text_frame
+from paddler.agent.link_session import Connection
 from paddler.config import MAX_LINK_MESSAGE_BYTES, Address
 
 pytestmark = pytest.mark.slow
@@ -32,24 +35,24 @@ class Sessions:
         self.count = 0
         self.reason = "the connection was closed"
 
-    def open(self, receive: Receive, send: Send) -> "EchoSession":
+    def open(self, connection: Connection) -> "EchoSession":
         self.count += 1
-        return EchoSession(receive, send, self.reason)
+        return EchoSession(connection, self.reason)
 
 
 class EchoSession:
     was_accepted = True
 
-    def __init__(self, receive: Receive, send: Send, reason: str) -> None:
-        self._receive = receive
-        self._send = send
+    def __init__(self, connection: Connection, reason: str) -> None:
+        self._connection = connection
         self._reason = reason
 
     async def run(self) -> str:
         try:
-            await self._send("hello")
+            self._connection.write("hello")
             while True:
-                await self._send(await self._receive())
+                await self._connection.flush()
+                self._connection.write(await self._connection.receive())
         except EOFError:
             return self._reason
 
@@ -120,6 +123,119 @@ async def test_text_goes_both_ways_and_the_path_names_the_agent() -> None:
             await done.wait()
         agent.cancel_scope.cancel()
     assert sessions.count == 1
+
+
+@pytest.mark.parametrize("text", ["", "x" * 125, "x" * 126, "ü" * 40_000, "{}\n"])
+def test_text_frames_are_what_a_websocket_server_reads(text: str) -> None:
+    server = WebSocket(ConnectionType.SERVER)
+    server.receive_data(text_frame(text.encode(), mask=b"\x00\xff\x37\x91"))
+    assert "".join(event.data for event in server.events() if isinstance(event, TextMessage)) == text
+
+
+@asynccontextmanager
+async def jammed_pair() -> AsyncIterator[tuple[WriteThrough, trio.SocketStream, bytes]]:
+    """A stream whose kernel takes no more, its other end, and what was written so far."""
+    own, other = trio.socket.socketpair()
+    stream = WriteThrough(trio.SocketStream(own))
+    written = b""
+    number = 0
+    while True:
+        number += 1
+        data = b"%07d" % number * 1000
+        written += data
+        if not stream.write(data):
+            break
+    async with stream, trio.SocketStream(other) as peer:
+        yield stream, peer, written
+
+
+async def test_bytes_keep_their_order_whoever_writes_them(nursery: trio.Nursery) -> None:
+    async with jammed_pair() as (stream, peer, written):
+        assert not stream.write(b"plain call")
+        nursery.start_soon(stream.send_all, b"library" * 50_000)
+        await wait_all_tasks_blocked()
+        assert not stream.write(b"plain call again")
+        with trio.move_on_after(0):
+            await stream.flush()
+        received = b""
+        expected = written + b"plain call" + b"library" * 50_000 + b"plain call again"
+        while len(received) < len(expected):
+            received += await peer.receive_some()
+        assert received == expected
+        assert stream.write(b"direct")
+        assert await peer.receive_some() == b"direct"
+
+
+async def test_a_flush_that_is_cancelled_leaves_the_rest_to_the_next() -> None:
+    async with jammed_pair() as (stream, peer, written):
+        received = b""
+        with trio.fail_after(5):
+            while len(received) < len(written):
+                with trio.move_on_after(0.001):
+                    await stream.flush()
+                with trio.move_on_after(0.001):
+                    received += await peer.receive_some(10_000)
+        assert received == written
+
+
+async def test_writing_to_a_peer_that_left_says_so() -> None:
+    async with jammed_pair() as (stream, peer, _):
+        await peer.aclose()
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.flush()
+    own, other = trio.socket.socketpair()
+    other.close()
+    stream = WriteThrough(trio.SocketStream(own))
+    with pytest.raises(trio.BrokenResourceError):
+        stream.write(b"x")
+    await stream.aclose()
+    with pytest.raises(trio.BrokenResourceError):
+        stream.write(b"x")
+
+
+async def test_pings_are_answered_among_messages_that_go_past_the_library() -> None:
+    """The library shares the socket; were it to send beside us, frames would be torn."""
+    answered = 0
+
+    class Flood(Sessions):
+        def open(self, connection: Connection) -> EchoSession:
+            return FloodingSession(connection, self.reason)
+
+    class FloodingSession(EchoSession):
+        async def run(self) -> str:
+            for number in range(300):
+                self._connection.write(f"{number} " * 10_000)
+                await self._connection.flush()
+            return await super().run()
+
+    done = trio.Event()
+
+    async def balancer(request: WebSocketRequest) -> None:
+        nonlocal answered
+        websocket = await request.accept()
+
+        async def ping() -> None:
+            nonlocal answered
+            while True:
+                await websocket.ping()
+                answered += 1
+
+        async with trio.open_nursery() as pinging:
+            pinging.start_soon(ping)
+            for number in range(300):
+                assert await websocket.get_message() == f"{number} " * 10_000
+            pinging.cancel_scope.cancel()
+        done.set()
+        with pytest.raises(ConnectionClosed):
+            while True:
+                await websocket.get_message()
+
+    async with web_socket_server(balancer) as port, trio.open_nursery() as agent:
+        agent.start_soon(connect(Flood(), port))
+        with trio.fail_after(20):
+            await done.wait()
+        agent.cancel_scope.cancel()
+    assert answered > 10
 
 
 class ClosingBalancer:
@@ -270,8 +386,8 @@ async def test_a_session_that_breaks_ends_its_link_only(
     patient_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(Sessions):
-        def open(self, receive: Receive, send: Send) -> EchoSession:
-            super().open(receive, send)
+        def open(self, connection: Connection) -> EchoSession:
+            super().open(connection)
             raise LookupError("a bug")
 
     async def balancer(request: WebSocketRequest) -> None:

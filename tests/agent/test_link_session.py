@@ -18,6 +18,7 @@ from paddler.agent.reconciliation import Reconciliation
 from paddler.agent.slots import Slots
 from paddler.agent.status import StatusBoard
 from paddler.config import EngineTimeouts, KvLayout
+from paddler.engine import pipe
 from paddler.messages.agent_socket import (
     PROTOCOL,
     AgentFrame,
@@ -27,6 +28,8 @@ from paddler.messages.agent_socket import (
     Generate,
     Goodbye,
     Heartbeat,
+    Held,
+    HeldPrefix,
     Part,
     Register,
     SetState,
@@ -57,6 +60,7 @@ class Wire:
     def __init__(self) -> None:
         self.send_frames, self._frames = trio.open_memory_channel[str](math.inf)
         self.outgoing: list[str] = []
+        self._written: list[str] = []
         self.may_send = trio.Event()
         self.may_send.set()
         self.is_broken = False
@@ -67,11 +71,21 @@ class Wire:
         except trio.EndOfChannel:
             raise EOFError from None
 
-    async def send(self, text: str) -> None:
-        await self.may_send.wait()
+    def write(self, text: str) -> bool:
         if self.is_broken:
             raise EOFError
-        self.outgoing.append(text)
+        self._written.append(text)
+        if self.may_send.is_set():
+            self._send()
+        return not self._written
+
+    async def flush(self) -> None:
+        await self.may_send.wait()
+        self._send()
+
+    def _send(self) -> None:
+        self.outgoing += self._written
+        self._written.clear()
 
     def say(self, frame: BalancerFrame) -> None:
         self.send_frames.send_nowait(encode(frame, BalancerFrame))
@@ -95,19 +109,23 @@ class Agent:
         self.engines = ScriptedEngines(turn=0.1)
         self.board = StatusBoard(slots=2)
         renderer = LocalRenderer()
-        self.slots = Slots(renderer=renderer)
+        self.slots = Slots(preparer=renderer)
         service = ModelService(
             board=self.board,
             slots=self.slots,
-            renderer=renderer,
+            preparer=renderer,
             open_engine=self.engines.open_engine,
             engine_timeouts=EngineTimeouts(),
             kv_layout=KvLayout.AUTO,
             threads=1,
+            exact=False,
+            prefix_cache=True,
+            prefix_cache_bytes=0,
         )
         self.reconciliation = Reconciliation(
             board=self.board, slots=self.slots, service=service, find_model=find, find_projection=find
         )
+        self.link: LinkSession | None = None
         self.reason: str | None = None
 
     def session(self) -> LinkSession:
@@ -118,12 +136,12 @@ class Agent:
             reconciliation=self.reconciliation,
             liveness_timeout=LIVENESS_TIMEOUT,
             farewell_timeout=1.0,
-            receive=self.wire.receive,
-            send=self.wire.send,
+            connection=self.wire,
         )
 
     async def run(self) -> None:
-        self.reason = await self.session().run()
+        self.link = self.session()
+        self.reason = await self.link.run()
 
     async def serves(self) -> None:
         self.wire.say(SetState(MODEL))
@@ -234,6 +252,24 @@ async def test_a_request_is_served_over_the_link(autojump_clock: MockClock) -> N
         assert [step[0][:2] for step in steps] == [(7, "C")] * 3
         assert [piece[1] for piece in steps[-1]] == ["C", "D"]
         assert [piece[2] for step in steps for piece in step][:3] == ['"one "', '"two "', '"three "']
+
+
+async def test_what_the_engine_holds_is_told_behind_the_answer_and_until_the_engine_ends(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_agent() as agent:
+        await agent.serves()
+        agent.wire.say(Generate(7, RAW))
+        await trio.sleep(1)
+        agent.slots.on_held(pipe.Held(((1, 64),)))
+        await wait_all_tasks_blocked()
+        [*_, last_step, held] = [frame for frame in agent.wire.sent() if isinstance(frame, list | Held)]
+        assert isinstance(last_step, list)
+        assert last_step[-1][1] == "D"
+        assert held == Held((HeldPrefix(7, 64),))
+        agent.wire.say(SetState(attrs.evolve(MODEL, model=LocalModel("/models/b.gguf"))))
+        await trio.sleep(1)
+        assert [frame for frame in agent.wire.sent() if isinstance(frame, Held)] == [Held(())]
 
 
 async def test_a_long_request_arrives_in_parts_among_others(autojump_clock: MockClock) -> None:
@@ -353,6 +389,40 @@ async def test_a_balancer_that_does_not_read_is_left(autojump_clock: MockClock) 
             await trio.sleep(LIVENESS_TIMEOUT / 2)
             agent.wire.say(Heartbeat())
         assert agent.reason == "it read nothing for 12 s"
+
+
+async def test_frames_keep_their_order_around_a_jam(autojump_clock: MockClock) -> None:
+    async with open_agent() as agent:
+        agent.wire.may_send = trio.Event()
+        for question in (1, 2, 3):
+            agent.wire.say(Ask(question, "the weather"))
+        await wait_all_tasks_blocked()
+        agent.wire.say(Ask(4, "the weather"))
+        agent.wire.may_send.set()
+        await wait_all_tasks_blocked()
+        agent.wire.say(Ask(5, "the weather"))
+        await wait_all_tasks_blocked()
+        assert agent.wire.sent() == [Answer(number) for number in (1, 2, 3, 4, 5)]
+
+
+async def test_a_step_frame_leaves_within_the_call_that_brings_it(autojump_clock: MockClock) -> None:
+    async with open_agent() as agent:
+        assert agent.link is not None
+        for _ in range(3):
+            agent.link._send_step([(7, "C", '"x"')])
+            assert agent.wire.sent() == [[(7, "C", '"x"')]]
+
+
+async def test_what_waits_for_a_reader_has_a_limit(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_session, "MAX_OUTBOX_CHARACTERS", 1000)
+    async with open_agent() as agent:
+        agent.wire.may_send = trio.Event()
+        for question in range(100):
+            agent.wire.say(Ask(question, "the weather"))
+        await wait_all_tasks_blocked()
+        assert agent.reason == "it does not read"
 
 
 async def test_nothing_follows_a_frame_that_was_left_half_sent(autojump_clock: MockClock) -> None:

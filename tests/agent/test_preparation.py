@@ -1,10 +1,11 @@
-"""Real preparation processes: templates that loop, grow or kill cost their request and nobody else."""
+"""Real preparation processes: jobs that loop, grow or kill cost their request and nobody else."""
 
 import os
 import resource
 import signal
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,16 @@ import pytest
 import trio
 
 from paddler.agent import preparation
-from paddler.agent.preparation import Preparation, PreparationFailed, open_preparation
+from paddler.agent.preparation import Preparation, open_preparation
+from paddler.agent.preparation_pool import PreparationFailed
+from paddler.engine.pipe import Picture
 from paddler.language.chat_template import Prompt
-from paddler.messages.tokens import ChatTemplateError
+from paddler.messages.tokens import (
+    ChatTemplateError,
+    GrammarSyntaxError,
+    ImageDecodingFailed,
+    ToolSchemaInvalid,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -131,12 +139,114 @@ async def test_an_idle_process_that_was_stopped_is_replaced() -> None:
     assert children() == before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the memory limit is Linux's")
-async def test_a_template_that_grows_hits_the_memory_limit() -> None:
+LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="the memory limit is Linux's")
+DOUBLING = "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+BOMBS = {
+    "a huge range": ("{{ range(10**9) | list | length }}", "Range too big"),
+    "a long text": ("{{ ('x' * 2000000000) | length }}", "more memory"),
+    "a doubled text": (f"{DOUBLING}{{{{ ns.s | length }}}}", "more memory"),
+    "a doubled list": (
+        "{% set ns = namespace(l=[0]) %}{% for i in range(60) %}{% set ns.l = ns.l + ns.l %}{% endfor %}",
+        "more memory",
+    ),
+    "a list that grows": (
+        "{% set l = [1] %}{% for a in range(99999) %}{{ l.append('x' * (100000 + a)) or '' }}{% endfor %}",
+        "more memory",
+    ),
+    "a huge join": ("{{ (['x' * 1000] * 99999) | join('y' * 90000) | length }}", "more memory"),
+    "a wide format": ("{{ '%2000000000d' | format(1) | length }}", "more memory"),
+    "endless output": ("{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "longer than"),
+    "a macro that calls itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+}
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("name", BOMBS)
+async def test_a_template_bomb_meets_a_limit_long_before_its_deadline(name: str) -> None:
+    template, reason = BOMBS[name]
     async with open_preparation(timeout=10) as service:
-        grown = await service.render("{{ ('x' * 2000000000) | length }}", VARIABLES)
-        assert grown == ChatTemplateError("the template needs more memory than it may have")
+        failed = await service.render(template, VARIABLES)
+        assert isinstance(failed, ChatTemplateError)
+        assert reason in failed.payload
         await assert_still_works(service)
+
+
+@pytest.mark.parametrize("template", [ENDLESS, "{{ 9 ** (9 ** 9) }}", "{{ lipsum(n=10**9) }}"])
+async def test_a_template_that_only_takes_time_is_ended_by_its_deadline(template: str) -> None:
+    async with open_preparation(timeout=1) as service:
+        failed = await service.render(template, VARIABLES)
+        assert failed == ChatTemplateError("the chat template was not rendered within 1 s")
+        await assert_still_works(service)
+
+
+def tool(parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "find", "description": "", "parameters": parameters}}
+
+
+TEXT = tool({"type": "object", "properties": {"text": {"type": "string"}}})
+EVIL = tool({"type": "object", "properties": {"text": {"type": "string", "pattern": "^(a+)+$"}}})
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    return {"id": "call_0", "name": "find", "arguments": {"ValidJson": arguments}}
+
+
+async def test_tools_and_their_calls_are_checked() -> None:
+    async with open_preparation(timeout=10) as service:
+        assert await service.tool_schema_error([TEXT]) is None
+        refusal = await service.tool_schema_error(
+            [tool({"type": "object", "properties": {"a": {"type": 1}}})]
+        )
+        assert isinstance(refusal, ToolSchemaInvalid)
+        assert "find" in refusal.payload
+        assert await service.call_violations([call(text="a")], [TEXT]) == []
+        [violation] = await service.call_violations([call(text=1), call(text="b")], [TEXT])
+        assert "find" in violation
+
+
+async def test_a_regular_expression_that_never_ends_costs_only_its_call() -> None:
+    async with open_preparation(timeout=1) as service:
+        violations = await service.call_violations([call(text="a" * 40 + "b")], [EVIL])
+        assert violations == ["the arguments of the tool calls were not checked within 1 s"]
+        await assert_still_works(service)
+
+
+async def test_schemas_become_grammars() -> None:
+    async with open_preparation(timeout=10) as service:
+        grammar = await service.gbnf_of_schema(
+            '{"type": "object", "properties": {"answer": {"type": "string"}}}'
+        )
+        assert isinstance(grammar, str)
+        assert "root ::=" in grammar
+        for broken in ("{", "[" * 10_000, '{"$ref": "https://example.com/schema.json"}'):
+            assert isinstance(await service.gbnf_of_schema(broken), GrammarSyntaxError)
+        await assert_still_works(service)
+
+
+RED_DOT = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElF"
+    "TkSuQmCC"
+)
+
+
+async def test_images_become_pictures_in_processes_of_their_own() -> None:
+    before = children()
+    async with open_preparation(timeout=10) as service:
+        await assert_still_works(service)
+        red = Picture(width=1, height=1, rgb=b64encode(bytes([255, 0, 0])).decode())
+        assert await service.pictures([RED_DOT, RED_DOT], resize_to_fit=64) == [red, red]
+        assert len(children() - before) == 2
+        refused = await service.pictures([RED_DOT, RED_DOT[:-30]], resize_to_fit=64)
+        assert isinstance(refused, ImageDecodingFailed)
+    assert children() == before
+
+
+async def test_images_of_a_request_share_a_deadline() -> None:
+    async with open_preparation(timeout=1) as service:
+        began = trio.current_time()
+        refused = await service.pictures([RED_DOT] * 100_000, resize_to_fit=64)
+        assert refused == ImageDecodingFailed("the images were not decoded within 1 s")
+        assert trio.current_time() - began < 1.5
 
 
 async def test_a_killed_process_fails_its_request_and_is_replaced() -> None:
@@ -152,7 +262,7 @@ async def test_a_killed_process_fails_its_request_and_is_replaced() -> None:
             await trio.sleep(0.2)
             [worker] = children() - before
             os.kill(worker, signal.SIGKILL)
-        assert failed == [ChatTemplateError("the process that renders chat templates died: SIGKILL")]
+        assert failed == [ChatTemplateError("the preparation process died: SIGKILL")]
         await assert_still_works(service)
         [worker] = children() - before
         os.kill(worker, signal.SIGKILL)
@@ -171,7 +281,7 @@ async def test_a_process_that_cannot_be_started_fails_its_request_and_nothing_el
                 await service.compile_error(TEMPLATE)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        reason = "the process that renders chat templates cannot be started: Too many open files"
+        reason = "the preparation process cannot be started: Too many open files"
         assert (failed, str(failure.value)) == (ChatTemplateError(reason), reason)
         await assert_still_works(service)
 

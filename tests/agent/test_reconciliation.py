@@ -11,11 +11,12 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from paddler.agent.model_service import ModelService
-from paddler.agent.preparation import PreparationFailed
+from paddler.agent.preparation_pool import PreparationFailed
 from paddler.agent.reconciliation import Reconciliation
 from paddler.agent.slots import Slots
 from paddler.agent.status import StatusBoard
 from paddler.config import EngineTimeouts, KvLayout
+from paddler.engine.pipe import Adapter
 from paddler.errors import EngineDied, EngineHung, ModelUnavailable
 from paddler.messages.agent_socket import AgentStatus, Piece
 from paddler.messages.inference import ContinueFromRawPrompt
@@ -26,6 +27,8 @@ from paddler.messages.state import (
     ChatTemplate,
     ChatTemplateDoesNotCompile,
     LocalModel,
+    LoraAdapter,
+    LoraSource,
     ModelCannotBeLoaded,
     ModelFileDoesNotExist,
     ModelPath,
@@ -66,24 +69,33 @@ class Agent:
         self.unhurried_searches = 0.0
         self.renderer = LocalRenderer()
         self.board = StatusBoard(slots=2)
-        self.slots = Slots(renderer=self.renderer)
+        self.slots = Slots(preparer=self.renderer)
         self.reconciliation = Reconciliation(
             board=self.board,
             slots=self.slots,
             service=ModelService(
                 board=self.board,
                 slots=self.slots,
-                renderer=self.renderer,
+                preparer=self.renderer,
                 open_engine=engines.open_engine,
                 engine_timeouts=EngineTimeouts(),
                 kv_layout=KvLayout.AUTO,
                 threads=1,
+                exact=False,
+                prefix_cache=True,
+                prefix_cache_bytes=0,
             ),
             find_model=self._find,
             find_projection=self._find,
+            find_adapter=self._find_adapter,
         )
         self.pieces: list[Piece] = []
         self._requests = requests
+
+    async def _find_adapter(self, source: LoraSource) -> str:
+        path = await self._find(source)
+        assert path is not None
+        return path
 
     async def _find(self, source: ModelSource) -> str | None:
         if source == "None":
@@ -352,7 +364,7 @@ async def test_a_host_that_cannot_check_a_template_does_not_make_it_a_broken_one
         assert (status.issues, status.state_application_status) == ((), APPLIED)
         assert len(agent.loaded) == 4
         assert [record.getMessage() for record in caplog.records] == [
-            "/models/a.gguf is not served: the process that renders chat templates died: SIGKILL"
+            "/models/a.gguf is not served: the preparation process died: SIGKILL"
         ]
 
 
@@ -422,17 +434,16 @@ async def test_a_load_for_embeddings_that_ends_after_tokens_were_asked_for_annou
         assert agent.letters(1) == "B"
 
 
-async def test_requests_that_wait_for_tokens_are_served_until_embeddings_are_resolved(
+async def test_requests_after_a_switch_to_embeddings_wait_for_their_engine(
     autojump_clock: MockClock,
 ) -> None:
     async with open_agent() as agent:
         await agent.serves(A)
         agent.resolve_delay = 5.0
         agent.receive(A_EMBEDS)
-        assert agent.status.slots_total == 2
+        assert agent.status.slots_total == 0
         await agent.start(1)
-        await trio.sleep(1)
-        assert agent.letters(1) == "CCCCD"
+        assert agent.letters(1) == "B"
 
 
 @pytest.mark.parametrize("state", [B, NO_MODEL])
@@ -498,6 +509,41 @@ async def test_a_state_that_came_and_went_in_one_tick_leaves_no_trace(autojump_c
         assert agent.status.state_application_status is APPLIED
         await trio.sleep(5)
         assert (agent.status.state_application_status, agent.loaded) == (APPLIED, ["/models/a.gguf"])
+
+
+async def test_adapters_are_found_and_loaded_with_the_model(autojump_clock: MockClock) -> None:
+    adapters = LoraAdapter(LocalModel("/a"), 0.5), LoraAdapter(LocalModel("/b"), -1.0)
+    async with open_agent() as agent:
+        await agent.serves(A)
+        agent.receive(attrs.evolve(A, lora_adapters=adapters))
+        await agent.until(lambda status: status.slots_total == 0)
+        await agent.until(lambda status: status.slots_total == 2)
+        assert [settings.adapters for settings in agent.engines.loads] == [
+            (),
+            (Adapter("/a", 0.5), Adapter("/b", -1.0)),
+        ]
+
+
+async def test_a_state_whose_adapter_is_missing_waits_for_it(autojump_clock: MockClock) -> None:
+    async with open_agent() as agent:
+        await agent.serves(A)
+        agent.receive(attrs.evolve(A, lora_adapters=(LoraAdapter(LocalModel("/models/missing.gguf")),)))
+        status = await agent.until(lambda status: status.issues != ())
+        assert status.issues == (ModelFileDoesNotExist("/models/missing.gguf"),)
+        assert (status.slots_total, agent.loaded) == (2, ["/models/a.gguf"])
+        agent.missing.clear()
+        status = await agent.until(lambda status: status.issues == ())
+        await agent.until(lambda _: len(agent.loaded) == 2)
+        status = await agent.until(lambda status: status.slots_total == 2)
+        assert (status.issues, status.state_application_status) == ((), APPLIED)
+
+
+async def test_no_adapter_is_looked_for_without_a_model(autojump_clock: MockClock) -> None:
+    async with open_agent() as agent:
+        adapters = (LoraAdapter(LocalModel("/models/missing.gguf")),)
+        agent.receive(attrs.evolve(A, model="None", lora_adapters=adapters))
+        status = await agent.until(lambda status: status.state_application_status is APPLIED)
+        assert status.issues == ()
 
 
 @pytest.mark.scenario("IS-10")

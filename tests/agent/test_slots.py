@@ -11,11 +11,13 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from paddler.agent.slots import Serving, Slots
-from paddler.engine.pipe import Advance, Finish
+from paddler.agent.serving import Serving
+from paddler.agent.slots import Slots
+from paddler.engine.pipe import Advance, Finish, Generate, GrammarRule, Picture, SamplerSettings
 from paddler.errors import RemoteProtocolError
-from paddler.language.chat_template import MAX_PROMPT_CHARACTERS
-from paddler.language.token_classifier import FAMILIES, Markers
+from paddler.language.reasoning_formats import FAMILIES, Markers
+from paddler.language.template_environment import MAX_PROMPT_CHARACTERS
+from paddler.language.tool_formats import FALLBACK
 from paddler.messages.agent_socket import TERMINAL_LETTERS, Piece
 from paddler.messages.inference import (
     ContentPart,
@@ -25,16 +27,27 @@ from paddler.messages.inference import (
     GbnfGrammar,
     ImagePart,
     ImageUrl,
+    JsonSchemaGrammar,
+    NormalizationMethod,
+    Request,
     TextPart,
-    TokenRequest,
+    Tool,
+    ToolFunction,
+    ToolParameters,
 )
+from paddler.messages.sampling import Sampling
+from paddler.messages.state import DEFAULT_PARAMETERS
 from paddler.messages.tokens import StreamError
 from tests.agent.local_renderer import LocalRenderer
 from tests.fakes.scripted_engine import CONTROL_TOKENS, END_TOKEN, SIMPLE_TEMPLATE
 
 RAW = ContinueFromRawPrompt(max_tokens=5, raw_prompt="Once upon")
 GRAMMAR = GbnfGrammar(grammar='root ::= "yes"', root="root")
-PNG = "data:image/png;base64,iVBORw0KGgo="
+PNG_BASE64 = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+PNG = f"data:image/png;base64,{PNG_BASE64}"
+"""One pixel."""
 NO_USAGE = {
     "prompt_tokens": 0,
     "cached_prompt_tokens": 0,
@@ -62,10 +75,27 @@ def chat(
 class RecordingEngine:
     def __init__(self) -> None:
         self.prompts: dict[int, tuple[str, int]] = {}
+        self.commands: dict[int, Generate] = {}
+        self.embedded: dict[int, tuple[tuple[str, ...], NormalizationMethod]] = {}
         self.cancelled: list[int] = []
 
-    def generate(self, generation: int, *, prompt: str, max_tokens: int) -> None:
+    def generate(
+        self,
+        generation: int,
+        *,
+        prompt: str,
+        max_tokens: int,
+        sampler: SamplerSettings | None,
+        grammar: GrammarRule | None,
+        pictures: tuple[Picture, ...],
+    ) -> None:
         self.prompts[generation] = (prompt, max_tokens)
+        self.commands[generation] = Generate(generation, prompt, max_tokens, sampler, grammar, pictures)
+
+    def embed(
+        self, generation: int, *, documents: tuple[str, ...], normalization_method: NormalizationMethod
+    ) -> None:
+        self.embedded[generation] = (documents, normalization_method)
 
     def cancel(self, generation: int) -> None:
         self.cancelled.append(generation)
@@ -76,7 +106,7 @@ class House:
 
     def __init__(self, *, requests: trio.Nursery, renderer: LocalRenderer) -> None:
         self.renderer = renderer
-        self.slots = Slots(renderer=renderer)
+        self.slots = Slots(preparer=renderer)
         self.engine = RecordingEngine()
         self.steps: list[list[Piece]] = []
         self._requests = requests
@@ -87,20 +117,24 @@ class House:
         template: str | None = SIMPLE_TEMPLATE,
         markers: Markers | None = None,
         enable_embeddings: bool = False,
+        supports_images: bool = False,
     ) -> Serving:
         return Serving(
             engine=self.engine,
+            parameters=attrs.evolve(DEFAULT_PARAMETERS, enable_embeddings=enable_embeddings),
             chat_template=template,
             special_tokens={"bos_token": "<s>", "eos_token": "</s>", "nl_token": "\n"},
             markers=markers,
+            tool_format=FALLBACK,
             control_tokens=CONTROL_TOKENS,
-            enable_embeddings=enable_embeddings,
+            supports_images=supports_images,
+            most_image_tokens=2048,
         )
 
-    def accept(self, number: int, body: TokenRequest) -> None:
+    def accept(self, number: int, body: Request) -> None:
         self._requests.start_soon(self.slots.run, self.slots.accept(number, body))
 
-    async def start(self, number: int, body: TokenRequest = RAW) -> None:
+    async def start(self, number: int, body: Request = RAW) -> None:
         self.accept(number, body)
         await wait_all_tasks_blocked()
 
@@ -212,7 +246,7 @@ async def test_a_stop_while_generating_ends_with_the_usage_so_far() -> None:
 
 
 @pytest.mark.parametrize("body", [RAW, chat()])
-async def test_a_stop_right_behind_the_request_finds_it(body: TokenRequest) -> None:
+async def test_a_stop_right_behind_the_request_finds_it(body: Request) -> None:
     async with open_house() as house:
         house.accept(1, body)
         house.slots.stop(1)
@@ -233,8 +267,7 @@ async def test_a_stop_cancels_preparation(autojump_clock: MockClock) -> None:
 @pytest.mark.parametrize(
     ("body", "variant", "words"),
     [
-        (attrs.evolve(RAW, grammar=GRAMMAR), "GrammarInitializationFailed", "grammar"),
-        (attrs.evolve(chat(), grammar=GRAMMAR), "GrammarInitializationFailed", "not supported yet"),
+        (attrs.evolve(RAW, grammar=JsonSchemaGrammar("{")), "GrammarSyntaxError", "JSON"),
         (
             attrs.evolve(chat(enable_thinking=True), grammar=GRAMMAR),
             "GrammarIncompatibleWithThinking",
@@ -265,7 +298,7 @@ async def test_a_stop_cancels_preparation(autojump_clock: MockClock) -> None:
         pytest.param(
             chat(images=[PNG]),
             "MultimodalNotSupported",
-            "not supported yet",
+            "no multimodal projection is loaded",
             marks=pytest.mark.scenario("IM-9", "IM-10"),
         ),
         (ContinueFromRawPrompt(5, "x" * (MAX_PROMPT_CHARACTERS + 1)), "SamplerError", "evicted"),
@@ -273,7 +306,7 @@ async def test_a_stop_cancels_preparation(autojump_clock: MockClock) -> None:
         (chat("x" * (MAX_PROMPT_CHARACTERS + 1), images=[PNG]), "SamplerError", "evicted"),
     ],
 )
-async def test_refusals(body: TokenRequest, variant: str, words: str) -> None:
+async def test_refusals(body: Request, variant: str, words: str) -> None:
     async with open_house() as house:
         await house.start(1, body)
         letter, refusal = house.terminal(1)
@@ -292,7 +325,7 @@ async def test_a_conversation_longer_than_any_prompt_never_reaches_the_renderer(
 
 @pytest.mark.parametrize(
     ("payload", "words"),
-    [(" \n" * 5000 + "iVBORw0KGgo=" + "\n " * 5000, "not supported yet"), (" " * 9000, "empty")],
+    [(" \n" * 5000 + PNG_BASE64 + "\n " * 5000, "no multimodal projection"), (" " * 9000, "empty")],
 )
 async def test_blanks_around_the_base64_of_an_image_are_no_part_of_it(payload: str, words: str) -> None:
     async with open_house() as house:
@@ -301,7 +334,7 @@ async def test_blanks_around_the_base64_of_an_image_are_no_part_of_it(payload: s
 
 
 @pytest.mark.parametrize("body", [RAW, chat()])
-async def test_in_embeddings_mode_tokens_are_disabled(body: TokenRequest) -> None:
+async def test_in_embeddings_mode_tokens_are_disabled(body: Request) -> None:
     async with open_house(template=None, enable_embeddings=True) as house:
         await house.start(1, body)
         assert list(house.terminal(1)[1]) == ["TokenGenerationDisabled"]
@@ -409,3 +442,177 @@ async def test_an_engine_that_fails_over_a_request_is_told_to_forget_it(
         assert house.terminal(1) == ("X", {"code": 500, "description": "Internal server error"})
         assert house.engine.cancelled == [1]
     assert [record.getMessage() for record in logged_errors] == ["request 1 failed"]
+
+
+ADD = Tool(
+    type="function",
+    function=ToolFunction(
+        name="add",
+        description="Add two numbers",
+        parameters=ToolParameters(type="object", properties={"a": {"type": "integer"}}, required=("a",)),
+    ),
+)
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+BROKEN_CALL = '<tool_call>{"name": "add", "arguments": {"a": "x"}}</tool_call>'
+
+
+def with_tools(**changes: Any) -> ContinueFromConversationHistory:
+    return attrs.evolve(chat(), tools=(ADD,), parse_tool_calls=True, **changes)
+
+
+def letters(house: House) -> str:
+    return "".join(letter for _, letter, _ in house.pieces)
+
+
+def events(house: House) -> list[Any]:
+    return [json.loads(text) for _, letter, text in house.pieces if letter == "E"]
+
+
+async def test_a_call_is_checked_and_what_follows_it_waits(autojump_clock: MockClock) -> None:
+    async with open_house(delay=1) as house:
+        await house.start(1, with_tools())
+        await trio.sleep(3)
+        house.slots.on_turn([advance(1, f"Well. {CALL} Done.", Finish.END)])
+        assert letters(house) == "UT", "the end waits for the check"
+        await trio.sleep(2)
+        assert letters(house) == "UTEUD"
+        assert events(house) == [
+            {"ToolCallParsed": [{"id": "call_0", "name": "add", "arguments": {"ValidJson": {"a": 1}}}]}
+        ]
+
+
+async def test_a_call_that_breaks_its_schema_is_reported_and_the_next_one_parsed() -> None:
+    async with open_house() as house:
+        await house.start(1, with_tools())
+        house.slots.on_turn([advance(1, BROKEN_CALL)])
+        await wait_all_tasks_blocked()
+        house.slots.on_turn([advance(1, f" Again: {CALL}", Finish.END)])
+        await wait_all_tasks_blocked()
+        [failed, parsed] = events(house)
+        assert failed["ToolCallValidationFailed"][0].startswith("add: ")
+        assert [call["name"] for call in parsed["ToolCallParsed"]] == ["add"]
+        assert letters(house)[-1] == "D"
+
+
+async def test_a_stop_while_a_call_is_checked_ends_with_the_engines_word(autojump_clock: MockClock) -> None:
+    async with open_house(delay=1) as house:
+        await house.start(1, with_tools())
+        await trio.sleep(3)
+        house.slots.on_turn([advance(1, CALL)])
+        await wait_all_tasks_blocked()
+        house.slots.stop(1)
+        house.slots.on_turn([advance(1, finish=Finish.STOPPED)])
+        await trio.sleep(2)
+        assert letters(house) == "TED"
+
+
+async def test_an_engine_that_fails_while_a_call_is_checked_ends_the_request_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_house(delay=1) as house:
+        await house.start(1, with_tools())
+        await trio.sleep(3)
+        house.slots.on_turn([advance(1, CALL)])
+        await wait_all_tasks_blocked()
+        house.slots.fail(StreamError(502, "Engine stopped: SIGKILL"))
+        await trio.sleep(2)
+        assert letters(house) == "TX"
+
+
+async def test_without_the_flag_calls_are_only_shown() -> None:
+    async with open_house() as house:
+        await house.start(1, attrs.evolve(with_tools(), parse_tool_calls=False))
+        house.slots.on_turn([advance(1, CALL, Finish.END)])
+        assert letters(house) == "TD"
+
+
+async def test_tools_that_are_not_to_be_used_are_not_shown_to_the_template() -> None:
+    async with open_house() as house:
+        await house.start(1, with_tools(tool_choice="none"))
+        assert house.renderer.rendered[0]["tools"] == []
+
+
+@pytest.mark.scenario("TC-5")
+async def test_a_tool_whose_parameters_are_no_schema_is_refused_by_name() -> None:
+    parameters = ToolParameters(type="object", properties={"a": {"type": 123}})
+    broken = attrs.evolve(ADD, function=attrs.evolve(ADD.function, parameters=parameters))
+    async with open_house() as house:
+        await house.start(1, attrs.evolve(with_tools(), tools=(broken,)))
+        assert "add" in house.terminal(1)[1]["ToolSchemaInvalid"]
+
+
+async def test_a_required_call_binds_the_answer() -> None:
+    async with open_house() as house:
+        await house.start(1, with_tools(tool_choice="required"))
+        grammar = house.engine.commands[1].grammar
+        assert grammar is not None
+        assert "add" in grammar.gbnf
+        assert grammar.begins_after == ()
+
+
+async def test_a_required_call_may_follow_thinking_that_the_prompt_began() -> None:
+    template = "{{ messages[-1].content }}{% if add_generation_prompt %}<think>{% endif %}"
+    async with open_house(template=template, markers=FAMILIES[0]) as house:
+        await house.start(1, with_tools(tool_choice="required"))
+        grammar = house.engine.commands[1].grammar
+        assert grammar is not None
+        assert grammar.begins_after == ("</think>",)
+
+
+async def test_grammars_reach_the_engine_as_gbnf() -> None:
+    async with open_house() as house:
+        await house.start(1, attrs.evolve(RAW, grammar=GRAMMAR))
+        await house.start(2, attrs.evolve(chat(), grammar=JsonSchemaGrammar('{"type": "object"}')))
+        assert house.engine.commands[1].grammar == GrammarRule('root ::= "yes"', "root")
+        converted = house.engine.commands[2].grammar
+        assert converted is not None
+        assert "root ::=" in converted.gbnf
+
+
+async def test_sampling_changes_only_what_it_names() -> None:
+    sampling = Sampling(temperature=0.0, seed=7, stop=("x",), logit_bias={"5": 1.0}, logprobs=True)
+    async with open_house() as house:
+        await house.start(1, attrs.evolve(RAW, sampling=sampling))
+        await house.start(2)
+        sampler = house.engine.commands[1].sampler
+        assert sampler is not None
+        assert (sampler.temperature, sampler.top_k) == (0.0, DEFAULT_PARAMETERS.top_k)
+        assert (sampler.seed, sampler.stop, sampler.logit_bias) == (7, ("x",), {5: 1.0})
+        assert sampler.top_logprobs == 0
+        assert house.engine.commands[2].sampler is None
+
+
+async def test_logprobs_follow_their_token() -> None:
+    async with open_house() as house:
+        await house.start(1)
+        logprobs = ((" a", -0.5, ((" a", -0.5), (" b", -1.5))),)
+        house.slots.on_turn([advance(1, " a", logprobs=logprobs)])
+        assert letters(house) == "UE"
+        top = [{"token": " a", "logprob": -0.5}, {"token": " b", "logprob": -1.5}]
+        assert events(house) == [{"TokenLogprobs": [{"token": " a", "logprob": -0.5, "top": top}]}]
+
+
+async def test_images_reach_the_engine_as_pixels_and_are_counted_apart() -> None:
+    async with open_house(supports_images=True) as house:
+        await house.start(1, chat(images=[PNG]))
+        [picture] = house.engine.commands[1].pictures
+        assert (picture.width, picture.height) == (1, 1)
+        house.slots.on_turn([advance(1, finish=Finish.END, image_tokens=36)])
+        assert house.terminal(1)[1]["Done"]["usage"]["input_image_tokens"] == 36
+
+
+@pytest.mark.parametrize(
+    ("finish", "terminal"),
+    [
+        (Finish.FAILED, {"SamplerError": "why"}),
+        (Finish.GRAMMAR_INVALID, {"GrammarInitializationFailed": "why"}),
+        (Finish.GRAMMAR_REJECTED, {"GrammarRejectedModelOutput": "why"}),
+        (Finish.IMAGE_INVALID, {"ImageDecodingFailed": "why"}),
+        (Finish.IMAGE_TOO_LARGE, {"ImageExceedsBatchSize": {"image_tokens": 3000, "n_batch": 2048}}),
+    ],
+)
+async def test_every_failure_of_the_engine_has_its_terminal(finish: Finish, terminal: Any) -> None:
+    async with open_house() as house:
+        await house.start(1)
+        house.slots.on_turn([advance(1, finish=finish, failure="why", image_tokens=3000)])
+        assert house.terminal(1) == ("D", terminal)

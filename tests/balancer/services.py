@@ -60,7 +60,7 @@ class RecordingReply:
     def piece(self, agent_name: str | None, letter: str, text: str) -> None:
         assert not self.ended.is_set(), "a piece after the terminal"
         self.pieces.append((agent_name, letter, text))
-        if letter == "D":
+        if letter in "DF":
             self.ended.set()
 
     def error(self, error: StreamError) -> None:

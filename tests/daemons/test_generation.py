@@ -227,30 +227,18 @@ async def test_stopping_right_after_a_dropped_stream_is_clean() -> None:
         await running.stop_balancer()
 
 
-@pytest.mark.parametrize(
-    ("changes", "terminal"),
-    [
-        (
-            {"grammar": {"type": "gbnf", "grammar": 'root ::= "yes"', "root": "root"}},
-            "GrammarInitializationFailed",
-        ),
-        (
-            {"grammar": {"type": "json_schema", "schema": "{}"}, "enable_thinking": True},
-            "GrammarIncompatibleWithThinking",
-        ),
-    ],
+PNG = (
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
-async def test_grammars_end_with_their_typed_error(changes: Message, terminal: str) -> None:
-    async with cluster(slots=1, desired=state()) as running:
-        [message] = await running.generate(conversation("Hello", **changes))
-        assert list(result(message)) == [terminal]
-        assert "grammar" in result(message)[terminal].lower()
+"""One pixel."""
 
 
 @pytest.mark.parametrize(
     ("url", "terminal"),
     [
-        ("data:image/png;base64,iVBORw0KGgo=", "MultimodalNotSupported"),
+        (PNG, "MultimodalNotSupported"),
+        ("data:image/png;base64,iVBORw0KGgo=", "ImageDecodingFailed"),
         ("data:image/png;base64", "ImageDecodingFailed"),
         ("https://example.com/a.png", "ImageDecodingFailed"),
         ("data:image/png;base64,!!!!", "ImageDecodingFailed"),

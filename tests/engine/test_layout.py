@@ -116,6 +116,8 @@ def test_a_hybrid_model_is_estimated_low() -> None:
 def test_exact_needs_an_unquantised_v_cache(asked: KvCacheDtype, exact: bool, used: KvCacheDtype) -> None:
     planned = plan(v_cache_dtype=asked, exact=exact)
     assert (planned.v_dtype, planned.k_dtype) == (used, KvCacheDtype.Q8_0)
+    assert (f"V cells are {used}, not {asked}" in planned.reason) == (used is not asked)
+    assert (f"V cells are {used}, not {asked}" in planned.reason) == (used is not asked)
 
 
 @pytest.mark.parametrize(

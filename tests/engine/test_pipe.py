@@ -17,6 +17,8 @@ from paddler.engine.pipe import (
     Capacity,
     Command,
     ContextRefused,
+    Embed,
+    Embedded,
     EngineSettings,
     Finish,
     FrameReader,
@@ -31,6 +33,7 @@ from paddler.engine.pipe import (
     pack,
 )
 from paddler.errors import RemoteProtocolError
+from paddler.messages.inference import RmsNorm
 from paddler.messages.state import DEFAULT_PARAMETERS, KvCacheDtype
 from paddler.processes.frames import pack_frame
 
@@ -45,6 +48,8 @@ SENT: list[Command] = [
     ),
     OpenContext(),
     Generate(7, 'a\0b "é" \U0001f980', -(2**31)),
+    Embed(8, ("a", "é\0"), "L2"),
+    Embed(9, (), RmsNorm(0.5)),
     Cancel(7),
 ]
 TOLD: list[Report] = [
@@ -73,6 +78,8 @@ TOLD: list[Report] = [
     ),
     Turn((Advance(1, (5, 6), "hé", None, "", 3, 0), Advance(2, (), "", Finish.FAILED, "why", 0, 0))),
     Turn(()),
+    Embedded(8, ((0, "[0.5,-1e-05]"), (1, "[1]")), ((2, 401, 64),), ((3, "is empty"),), None),
+    Embedded(9, (), (), (), Finish.STOPPED),
     Log(3, "careful"),
 ]
 
@@ -107,11 +114,33 @@ def test_a_lone_surrogate_becomes_a_question_mark() -> None:
      b'["Turn",[[1,[2],"","no end","",1,0]]]', b'["Turn",[[1,[2],"\\ud800",null,"",1,0]]]',
      b'["Progress",{"done":1,"total":"9"}]', b'["Log",{"level":1,"text":[]}]',
      b'["ModelRefused",{"reason":0}]', b'["Progress",{"done":1}]', b'["Generate",{}]', b"[" * 100_000,
-     b'["Capacity",{}]', b'["Nothing",{}]'],
+     b'["Capacity",{}]', b'["Nothing",{}]', b'["Embedded",[]]',
+     b'["Embedded",{"generation":1,"vectors":[],"oversized":[],"failed":[[0,"\\ud800"]],"finish":null}]'],
 )  # fmt: skip
 def test_rubbish_is_a_protocol_error(body: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         FrameReader(REPORTS).feed(len(body).to_bytes(4, "little") + body)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("generation", "8"),
+        ("vectors", [[0, "[1]\n9 D {}"]]),
+        ("vectors", [[0, '"text"']]),
+        ("vectors", [["0", "[1]"]]),
+        ("vectors", [0]),
+        ("oversized", [[1, 2]]),
+        ("oversized", None),
+        ("failed", [[0, None]]),
+        ("finish", "no end"),
+        ("more", 1),
+    ],
+)
+def test_rubbish_for_vectors_is_a_protocol_error(field: str, value: object) -> None:
+    content = {"generation": 8, "vectors": [], "oversized": [], "failed": [], "finish": None, field: value}
+    with pytest.raises(RemoteProtocolError):
+        FrameReader(REPORTS).feed(pack_frame(["Embedded", content]))
 
 
 def test_a_frame_above_the_limit_is_a_protocol_error_before_it_is_read() -> None:

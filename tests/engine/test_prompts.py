@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from paddler.engine.pipe import Generate
 from paddler.engine.prompts import Prompts
 
 PATIENCE = 10.0
@@ -30,7 +31,7 @@ class Desk:
 
     def submit(self, letters: str) -> None:
         for letter in letters:
-            assert self.prompts.read(ord(letter), letter * 5000) is None
+            assert self.prompts.read(Generate(ord(letter), letter * 5000, 1)) is None
 
     def begins(self, count: int) -> set[str]:
         """Wait for the next that are begun; more than these must not have been."""
@@ -42,8 +43,8 @@ class Desk:
         """Let one be finished, and look at the finished as the loop does when it is woken."""
         self.allowed[letter].set()
         self.woken.get(timeout=PATIENCE)
-        [(generation, tokens)] = self.prompts.finished()
-        assert generation == tokens[0] == ord(letter)
+        [(generation, prompt)] = self.prompts.finished()
+        assert generation == prompt.tokens[0] == ord(letter)
 
 
 @pytest.fixture
@@ -56,7 +57,9 @@ def desk() -> Iterator[Desk]:
 
 def test_a_short_prompt_is_read_at_once(desk: Desk) -> None:
     desk.allowed["a"].set()
-    assert desk.prompts.read(1, "a" * 4096) == np.array([97])
+    prompt = desk.prompts.read(Generate(1, "a" * 4096, 1))
+    assert prompt is not None
+    assert prompt.tokens == np.array([97])
     assert list(desk.prompts.finished()) == []
 
 

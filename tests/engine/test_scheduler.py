@@ -1,9 +1,10 @@
 """Who takes part in a turn, and how much of a prompt it takes."""
 
+import numpy as np
 import pytest
 
-from paddler.engine.scheduler import Scheduler, TurnBudget
-from paddler.engine.sequences import EVICTED, Sequence
+from paddler.engine.scheduler import DecodeWidth, Scheduler, TurnBudget
+from paddler.engine.sequences import EVICTED, Prompt, Sequence
 
 
 def submitted(scheduler: Scheduler, *generations: int) -> list[Sequence]:
@@ -13,9 +14,14 @@ def submitted(scheduler: Scheduler, *generations: int) -> list[Sequence]:
     return sequences
 
 
+def read(sequence: Sequence) -> None:
+    sequence.take_prompt(Prompt(np.zeros(100, np.int32)), room=1000)
+
+
 def begin(sequences: list[Sequence]) -> None:
-    for sequence in sequences:
-        sequence.take_prompt(range(100), room=1000)
+    for slot, sequence in enumerate(sequences):
+        read(sequence)
+        sequence.place(slot, cached=0)
 
 
 def generate(sequence: Sequence, *, position: int = 100) -> None:
@@ -23,16 +29,27 @@ def generate(sequence: Sequence, *, position: int = 100) -> None:
     sequence.accept(1, b"", is_end=False)
 
 
-def test_slots_are_taken_in_order_of_arrival_the_lowest_first() -> None:
+def test_as_many_run_as_there_are_slots_in_order_of_arrival() -> None:
     scheduler = Scheduler(slots=2)
     first, second, third = submitted(scheduler, 7, 8, 9)
     assert scheduler.admit() == [first, second]
-    assert (first.slot, second.slot, third.slot) == (0, 1, None)
     assert scheduler.admit() == []
     first.stop()
     scheduler.release(first)
     assert scheduler.admit() == [third]
-    assert third.slot == 0
+
+
+def test_a_prompt_that_is_read_needs_a_slot() -> None:
+    scheduler = Scheduler(slots=3)
+    first, second, third = submitted(scheduler, 1, 2, 3)
+    scheduler.admit()
+    assert scheduler.placeable() == []
+    read(third)
+    read(first)
+    assert scheduler.placeable() == [first, third]
+    first.place(0, cached=0)
+    assert scheduler.placeable() == [third]
+    second.stop()
 
 
 def test_waiting_and_running_are_found_and_released() -> None:
@@ -50,11 +67,13 @@ def test_prompts_take_turns_and_generating_ones_leave_the_round() -> None:
     scheduler = Scheduler(slots=3)
     first, second, third = sequences = submitted(scheduler, 1, 2, 3)
     scheduler.admit()
-    assert scheduler.next_prompt() is None
+    assert scheduler.prompts() == []
     begin(sequences)
-    assert [scheduler.next_prompt() for _ in range(4)] == [first, second, third, first]
+    assert scheduler.prompts() == [first, second, third]
+    scheduler.had_turn(first)
+    assert scheduler.prompts() == [second, third, first]
     generate(second)
-    assert [scheduler.next_prompt() for _ in range(3)] == [third, first, third]
+    assert scheduler.prompts() == [third, first]
     assert scheduler.generating() == [second]
 
 
@@ -114,3 +133,36 @@ def test_the_budget_learns_from_chunks_but_not_from_tails() -> None:
     for _ in range(20):
         budget.ingested(64, 0.0064)
     assert budget.chunk_limit(company=True) == 512
+
+
+@pytest.mark.parametrize(("spent", "expected"), [(None, 64), (0.0, 64), (0.05, 0), (1.0, 0)])
+def test_later_chunks_of_a_turn_get_what_time_is_left(spent: float | None, expected: int) -> None:
+    budget = TurnBudget(n_batch=512, seconds_per_token=0.001)
+    assert budget.chunk_limit(company=True, spent=spent) == expected
+
+
+def test_one_by_one_is_chosen_when_single_decodes_promise_it_and_looked_at_again() -> None:
+    width = DecodeWidth()
+    width.decoded(1, 0.002, one_by_one=False)
+    for _ in range(2):
+        assert not width.is_one_by_one(4)
+        width.decoded(4, 0.016, one_by_one=False)
+    for _ in range(256):
+        assert width.is_one_by_one(4)
+        width.decoded(4, 0.008, one_by_one=True)
+    assert not width.is_one_by_one(4), "the batch is measured again"
+    width.decoded(4, 0.016, one_by_one=False)
+    assert width.is_one_by_one(4)
+    assert not width.is_one_by_one(5), "never measured"
+
+
+def test_single_decodes_that_turn_slow_end_one_by_one() -> None:
+    width = DecodeWidth()
+    width.decoded(1, 0.002, one_by_one=False)
+    for _ in range(2):
+        width.decoded(4, 0.016, one_by_one=False)
+    decodes = 0
+    while width.is_one_by_one(4):
+        width.decoded(4, 0.040, one_by_one=True)
+        decodes += 1
+    assert decodes < 5

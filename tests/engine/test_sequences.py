@@ -1,17 +1,30 @@
 """One generation, without a model."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from paddler.engine.pipe import Finish
-from paddler.engine.sequences import EVICTED, GRID, NO_TOKENS, Sequence
+from paddler.engine.sequences import EVICTED, GRID, NO_TOKENS, Prompt, Sequence, Span
 
 
-def begun(prompt_tokens: int, *, room: int = 1000, max_tokens: int = 100) -> Sequence:
-    sequence = Sequence(1, max_tokens, slot=0)
-    sequence.take_prompt(range(prompt_tokens), room=room)
+def begun(
+    prompt_tokens: int, *, room: int = 1000, max_tokens: int = 100, spans: tuple[Span, ...] = ()
+) -> Sequence:
+    sequence = Sequence(1, max_tokens)
+    sequence.take_prompt(Prompt(np.zeros(prompt_tokens, np.int32), spans), room=room)
+    sequence.place(0, cached=0)
     return sequence
+
+
+def chunks(sequence: Sequence, *, limit: int = 512) -> list[int]:
+    """Return where the chunks of a prompt end."""
+    ends = []
+    while sequence.position < sequence.prompt_tokens:
+        sequence.position += sequence.next_chunk(limit)
+        ends.append(sequence.position)
+    return ends
 
 
 @given(st.integers(1, 5000), st.lists(st.sampled_from([64, 128, 256, 512]), min_size=80, max_size=80))
@@ -35,6 +48,47 @@ def test_a_tiny_batch_still_respects_grid_lines(size: int, limit: int) -> None:
         assert 0 < chunk <= limit
         assert (sequence.position + chunk - 1) // GRID == sequence.position // GRID
         sequence.position += chunk
+
+
+@pytest.mark.parametrize(
+    ("spans", "ends"),
+    [
+        ((), [128, 192, 200]),
+        ((Span(0, 36),), [36, 64, 192, 200]),
+        ((Span(70, 36), Span(106, 40)), [64, 70, 106, 146, 192, 200]),
+        ((Span(64, 136),), [64, 200]),
+        ((Span(128, 64),), [128, 192, 200]),
+        ((Span(10, 180),), [10, 190, 192, 200]),
+    ],
+)
+def test_an_image_is_a_chunk_and_what_lies_around_it_begins_and_ends_on_the_grid(
+    spans: tuple[Span, ...], ends: list[int]
+) -> None:
+    """Wherever a prompt begins on a grid line, the chunks from there on are these."""
+    assert chunks(begun(200, spans=spans), limit=128) == ends
+    for line in (line for line in (64, 128) if line in ends):
+        resumed = begun(200, spans=spans)
+        resumed.place(0, cached=line)
+        assert chunks(resumed, limit=128) == [end for end in ends if end > line]
+
+
+@pytest.mark.parametrize(("size", "ends"), [(200, [192, 200]), (192, [128, 192]), (65, [64, 65]), (64, [64])])
+def test_a_chunk_pauses_at_the_last_line_where_the_state_is_kept(size: int, ends: list[int]) -> None:
+    sequence = begun(size)
+    assert sequence.prompt is not None
+    sequence.place(0, cached=0, pause=sequence.prompt.last_line)
+    assert chunks(sequence) == ends
+
+
+def test_a_sequence_without_a_slot_neither_ingests_nor_generates() -> None:
+    sequence = Sequence(1, 5)
+    states = [(sequence.placeable, sequence.ingesting, sequence.generating)]
+    sequence.take_prompt(Prompt(np.zeros(100, np.int32)), room=200)
+    states.append((sequence.placeable, sequence.ingesting, sequence.generating))
+    sequence.place(3, cached=64)
+    states.append((sequence.placeable, sequence.ingesting, sequence.generating))
+    assert states == [(False, False, False), (True, False, False), (False, True, False)]
+    assert (sequence.position, sequence.cached, sequence.slot) == (64, 64, 3)
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,14 @@ from paddler.messages.agent_socket import (
     AgentFrame,
     AgentStatus,
     BalancerFrame,
+    Embed,
     Generate,
     Heartbeat,
     Part,
     Piece,
     Register,
     Status,
+    Stop,
     encode_step,
     escape_text,
 )
@@ -129,16 +131,29 @@ class ScriptedAgent:
 
     async def next_request(self) -> Generate:
         """Return the next request, put together from its parts if it comes in parts."""
+        frame = await self._next_whole_frame()
+        assert isinstance(frame, Generate)
+        return frame
+
+    async def next_embedding(self) -> Embed:
+        """Likewise, where it is one for embeddings."""
+        frame = await self._next_whole_frame()
+        assert isinstance(frame, Embed)
+        return frame
+
+    async def next_stop(self) -> Stop:
+        frame = await self.next_frame_of(Stop)
+        assert isinstance(frame, Stop)
+        return frame
+
+    async def _next_whole_frame(self) -> BalancerFrame:
         while True:
-            match await self.next_frame_of(Generate, Part):
-                case Generate() as generate:
-                    return generate
-                case Part(request, text, last):
-                    self._parts.setdefault(request, []).append(text)
-                    if last:
-                        frame = decode_balancer_frame("".join(self._parts.pop(request)))
-                        assert isinstance(frame, Generate)
-                        return frame
+            frame = await self.next_frame_of(Generate, Embed, Part)
+            if not isinstance(frame, Part):
+                return cast("BalancerFrame", frame)
+            self._parts.setdefault(frame.request, []).append(frame.text)
+            if frame.last:
+                return decode_balancer_frame("".join(self._parts.pop(frame.request)))
 
     async def live(self) -> None:
         """Give signs of life until cancelled, or until the connection is closed."""

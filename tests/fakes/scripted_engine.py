@@ -8,8 +8,20 @@ import attrs
 import trio
 
 from paddler.config import EngineTimeouts, KvLayout
-from paddler.engine.pipe import Advance, Capacity, EngineSettings, Finish, ModelDescription
+from paddler.engine.pipe import (
+    Advance,
+    Capacity,
+    Embedded,
+    EngineSettings,
+    Finish,
+    GrammarRule,
+    Held,
+    ModelDescription,
+    Picture,
+    SamplerSettings,
+)
 from paddler.errors import EngineFailed
+from paddler.messages.inference import NormalizationMethod
 
 END_TOKEN = 2
 CONTROL_TOKENS = {END_TOKEN: "<|im_end|>", 3: "<think>", 4: "</think>"}
@@ -73,6 +85,7 @@ class ScriptedEngine:
         )
         self.prompts: list[str] = []
         self.cancelled: list[int] = []
+        self.embeddings: dict[int, tuple[str, ...]] = {}
         self._script = script
         self._turn = turn
         self._on_turn = on_turn
@@ -80,10 +93,27 @@ class ScriptedEngine:
         self._failure: EngineFailed | None = None
         self._woken = trio.Event()
 
-    def generate(self, generation: int, *, prompt: str, max_tokens: int) -> None:
+    def generate(
+        self,
+        generation: int,
+        *,
+        prompt: str,
+        max_tokens: int,
+        sampler: SamplerSettings | None = None,
+        grammar: GrammarRule | None = None,
+        pictures: tuple[Picture, ...] = (),
+    ) -> None:
+        """Follow the script; it knows no samplers, grammars and pictures."""
+        assert (sampler, grammar, pictures) == (None, None, ())
         self.prompts.append(prompt)
         self._generations[generation] = _Generation(prompt, iter(self._script(prompt)), max_tokens)
         self._woken.set()
+
+    def embed(
+        self, generation: int, *, documents: tuple[str, ...], normalization_method: NormalizationMethod
+    ) -> None:
+        """Wait for what the test says of these documents."""
+        self.embeddings[generation] = documents
 
     def cancel(self, generation: int) -> None:
         self.cancelled.append(generation)
@@ -167,6 +197,8 @@ class ScriptedEngines:
         on_model: Callable[[ModelDescription], Awaitable[None]],
         on_progress: Callable[[int, int], None],
         on_turn: Callable[[list[Advance]], None],
+        on_embedded: Callable[[Embedded], None] = lambda _: None,
+        on_held: Callable[[Held], None] = lambda _: None,
     ) -> AsyncIterator[ScriptedEngine]:
         self.loads.append(settings)
         description = self.models.get(settings.model_path, model())

@@ -55,6 +55,9 @@ def test_an_envelope_is_the_documented_message(name: str | None) -> None:
     for letter in "ED":
         message = json.loads(envelope.message(name, letter, '{"a": [0]}'))
         assert message["Response"]["response"] == {"GeneratedToken": {"a": [0]}}
+    for letter in "VF":
+        message = json.loads(envelope.message(name, letter, '"Done"'))
+        assert message["Response"]["response"] == {"Embedding": "Done"}
     assert json.loads(envelope.error(StreamError(502, "gone"))) == {
         "Error": {"request_id": "00", "error": {"code": 502, "description": "gone"}}
     }

@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 
-from paddler.language import chat_template
-from paddler.language.chat_template import PromptTemplate, TemplateFailed, template_variables
+from paddler.language.chat_template import Prompt, PromptTemplate, template_variables
+from paddler.language.template_environment import (
+    MAX_PROMPT_CHARACTERS,
+    TemplateFailed,
+    TemplateRefused,
+)
 from paddler.messages.inference import (
+    CalledFunction,
+    CalledTool,
     ContentPart,
     ContinueFromConversationHistory,
     ConversationMessage,
@@ -38,21 +44,26 @@ CLOCK = Tool(ToolFunction("clock", "The time"), type="function")
 
 
 def conversation(
-    *messages: tuple[str, str | tuple[ContentPart, ...]],
+    *messages: tuple[str, str | tuple[ContentPart, ...]] | ConversationMessage,
     add_generation_prompt: bool = True,
     enable_thinking: bool = False,
     tools: tuple[Tool, ...] = (),
+    documents: tuple[dict[str, Any], ...] | None = None,
 ) -> ContinueFromConversationHistory:
     return ContinueFromConversationHistory(
         add_generation_prompt=add_generation_prompt,
-        conversation_history=tuple(ConversationMessage(role, content) for role, content in messages),
+        conversation_history=tuple(
+            message if isinstance(message, ConversationMessage) else ConversationMessage(*message)
+            for message in messages
+        ),
         enable_thinking=enable_thinking,
         max_tokens=10,
         tools=tools,
+        documents=documents,
     )
 
 
-def render(source: str, request: ContinueFromConversationHistory | None = None) -> chat_template.Prompt:
+def render(source: str, request: ContinueFromConversationHistory | None = None) -> Prompt:
     variables = template_variables(request or conversation(("user", "Hello"))) | SPECIAL_TOKENS
     return PromptTemplate(source).render(variables, now=NOW)
 
@@ -82,12 +93,12 @@ def test_thinking_is_switched_off_in_the_generation_prompt_which_is_the_suffix()
 
 def test_without_generation_prompt_there_is_no_suffix() -> None:
     prompt = render(BUNDLED, conversation(("user", "Hi"), add_generation_prompt=False))
-    assert prompt == chat_template.Prompt("<|im_start|>user\nHi<|im_end|>\n", "")
+    assert prompt == Prompt("<|im_start|>user\nHi<|im_end|>\n", "")
 
 
 def test_a_template_that_needs_a_generation_prompt_has_no_suffix() -> None:
     source = "{% if not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}a"
-    assert render(source) == chat_template.Prompt("a", "")
+    assert render(source) == Prompt("a", "")
 
 
 def test_the_bundled_template_lists_tools_as_models_were_trained_on_them() -> None:
@@ -105,6 +116,163 @@ def test_tools_have_the_shape_of_openai_and_leave_out_what_is_absent() -> None:
         {"type": "function", "function": {"name": "clock", "description": "The time"}}
     ]
     assert template_variables(conversation())["tools"] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "without", "with_tools"),
+    [
+        ("{% if tools is not none %}tools{% endif %}", "", "tools"),
+        ("{% if tools %}tools{% endif %}", "", "tools"),
+        ("{% if tools is defined and tools %}tools{% endif %}", "", "tools"),
+        ("{% if tools | length > 0 %}tools{% endif %}", "", "tools"),
+        ("{% for tool in tools %}tools{% endfor %}", "", "tools"),
+    ],
+)
+def test_no_tools_are_none_for_templates_that_take_it_and_else_a_list(
+    source: str, without: str, with_tools: str
+) -> None:
+    assert render(source).text == without
+    assert render(source, conversation(("user", "Hi"), tools=(CLOCK,))).text == with_tools
+
+
+def test_documents_reach_the_template() -> None:
+    source = "{% if documents %}{% for d in documents %}{{ d.title }}: {{ d.text }};{% endfor %}{% endif %}"
+    documents: tuple[dict[str, Any], ...] = ({"title": "A", "text": "b"}, {"title": "C", "text": "d"})
+    assert render(source, conversation(("user", "Hi"), documents=documents)).text == "A: b;C: d;"
+    assert render(source).text == ""
+
+
+ARGUMENTS = {"city": "Köln's", "days": 2}
+AS_TEXT = '{"city": "Köln\'s", "days": 2}'
+CALLS = "{% for m in messages %}{% for c in m.tool_calls or [] %}[%s]{% endfor %}{% endfor %}"
+
+
+def history(arguments: Any, content: str | tuple[ContentPart, ...] = "") -> ContinueFromConversationHistory:
+    call = CalledTool(CalledFunction("get_weather", arguments), id="call_0")
+    return conversation(
+        ("user", "Hi"),
+        ConversationMessage("assistant", content, tool_calls=(call,)),
+        ConversationMessage("tool", "clear", tool_call_id="call_0"),
+        tools=(WEATHER,),
+        add_generation_prompt=False,
+    )
+
+
+@pytest.mark.parametrize("arguments", [ARGUMENTS, AS_TEXT], ids=["object", "text"])
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ("{{ c.function.arguments | tojson }}", f"[{AS_TEXT}]"),
+        ("{{ c.function.arguments }}", f"[{AS_TEXT}]"),
+        ("{{ c.function.name + c.function.arguments }}", f"[get_weather{AS_TEXT}]"),
+        ("{{ c['function']['arguments'] ~ '' }}", f"[{AS_TEXT}]"),
+        (
+            "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}",
+            f"[{AS_TEXT}]",
+        ),
+        (
+            "{% if c.function.arguments is string %}{{ c.function.arguments }}{% endif %}",
+            f"[{AS_TEXT}]",
+        ),
+        (
+            "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }};{% endfor %}",
+            "[city=Köln's;days=2;]",
+        ),
+        ("{% for k, v in c.function.arguments | items %}'{{ k }}'{% endfor %}", "['city''days']"),
+        ("{% if m.content is none %}{{ c.function.arguments }}{% endif %}", f"[{AS_TEXT}]"),
+        ("{% if m.content is none %}{{ c.function.arguments | tojson }}{% endif %}", f"[{AS_TEXT}]"),
+        ("{{ m.content + c.id }}", "[call_0]"),
+    ],
+)
+def test_arguments_of_earlier_calls_have_the_form_that_the_template_wants(
+    shown: str, expected: str, arguments: Any
+) -> None:
+    assert render(CALLS.replace("%s", shown), history(arguments)).text == expected
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "{", "[1]", "1", '{"a": NaN}', "[" * 100_000, '{"a": ' + "9" * 5000 + "}"]
+)
+def test_arguments_that_hold_no_object_stay_the_text_that_they_are(arguments: str) -> None:
+    source = CALLS.replace("%s", "{{ c.function.arguments }}")
+    assert render(source, history(arguments)).text == f"[{arguments}]"
+    source = CALLS.replace("%s", "{{ c.function.arguments | tojson }}")
+    assert render(source, history(arguments)).text == f"[{json.dumps(arguments)}]"
+
+
+def test_the_form_of_calls_is_found_once_also_when_other_conversations_come_first() -> None:
+    template = PromptTemplate(CALLS.replace("%s", "{{ c.function.name + c.function.arguments }}"))
+    for request in (conversation(("user", "Hi")), history(ARGUMENTS), history({}), history({"a": []})):
+        prompt = template.render(template_variables(request), now=NOW)
+        wanted = [m.tool_calls[0].function for m in request.conversation_history if m.tool_calls]
+        assert prompt.text == "".join(
+            f"[get_weather{json.dumps(f.arguments, ensure_ascii=False)}]" for f in wanted
+        )
+
+
+def test_a_conversation_cannot_mislead_about_the_form_of_calls() -> None:
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}" + CALLS.replace(
+        "%s", "{{ c.function.arguments | tojson }}"
+    )
+    request = history(ARGUMENTS, content=str(ARGUMENTS) + json.dumps(AS_TEXT))
+    assert render(source, request).text.endswith(f"[{AS_TEXT}]")
+
+
+def test_calls_beside_parts_reach_templates_that_expect_strings() -> None:
+    source = "{% for m in messages %}{{ m.role + m.content }};{% endfor %}" + CALLS.replace(
+        "%s", "{{ c.function.name + c.function.arguments }}"
+    )
+    text = render(source, history(ARGUMENTS, content=PARTS)).text
+    assert text == f"userHi;assistantHello\nthere;toolclear;[get_weather{AS_TEXT}]"
+
+
+def test_messages_have_the_keys_that_they_were_given() -> None:
+    message = ConversationMessage("tool", "clear", name="get_weather", tool_call_id="call_0")
+    [_, call, result] = template_variables(history(ARGUMENTS))["messages"]
+    assert call["tool_calls"] == [
+        {"id": "call_0", "type": "function", "function": {"name": "get_weather", "arguments": ARGUMENTS}}
+    ]
+    assert result == {"role": "tool", "content": "clear", "tool_call_id": "call_0"}
+    [variable] = template_variables(conversation(message))["messages"]
+    assert [*variable] == ["role", "content", "name", "tool_call_id"]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ messages[0].reasoning_content }}", "hm"),
+        ("{{ messages[0]['reasoning_content'] or messages[0].reasoning }}", "hm"),
+        ("{{ messages[0].reasoning }}", "hm"),
+        ("{{ messages[0].thinking }}", "hm"),
+        ("{{ messages[0]['thinking'] }}", "hm"),
+        ("{% if messages[0].thinking %}{{ raise_exception('no') }}{% endif %}ok", "ok"),
+        ("{{ messages[0].content }}", "yes"),
+    ],
+)
+def test_earlier_reasoning_has_the_name_that_the_template_reads(source: str, expected: str) -> None:
+    message = ConversationMessage("assistant", "yes", reasoning_content="hm")
+    assert render(source, conversation(message)).text == expected
+
+
+def test_whether_to_think_has_both_usual_names() -> None:
+    source = "{{ enable_thinking }} {{ thinking }}"
+    assert render(source, conversation(("user", "Hi"), enable_thinking=True)).text == "True True"
+    assert render(source).text == "False False"
+
+
+def test_a_template_that_refuses_is_told_from_one_that_fails() -> None:
+    with pytest.raises(TemplateRefused) as refusal:
+        render("{{ raise_exception('roles must alternate') }}")
+    assert refusal.value.message == "roles must alternate"
+    with pytest.raises(TemplateFailed) as failure:
+        render("{{ messages[9].content }}")
+    assert not isinstance(failure.value, TemplateRefused)
+
+
+def test_what_a_template_changes_is_as_it_was_in_the_next_rendering() -> None:
+    template = PromptTemplate("{% set _ = messages.append(messages[0]) %}{{ messages | length }}")
+    variables = template_variables(conversation(("user", "Hi")))
+    assert [template.render(variables, now=NOW).text for _ in range(3)] == ["2", "2", "2"]
 
 
 def test_images_become_text_parts_with_the_media_marker() -> None:
@@ -161,6 +329,13 @@ def test_blocks_leave_no_white_space_behind() -> None:
         ("{{ {'a': [1, 'é<&>\\''], 'b': none} | tojson }}", """{"a": [1, "é<&>'"], "b": null}"""),
         ("{{ {'a': 1} | tojson(indent=2) }}", '{\n  "a": 1\n}'),
         ("{{ [] | tojson(ensure_ascii=False, sort_keys=False) }}", "[]"),
+        ("{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=True, ensure_ascii=True) }}", '{"a": "\\u00e9", "b": 1}'),
+        ("{{ {'b': [1, 2]} | tojson(separators=(',', ':')) }}", '{"b":[1,2]}'),
+        ("{{ messages | map(attribute='role') | tojson }}", '["user"]'),
+        ("{{ messages.append(1) or '' }}{{ messages | length }}", "2"),
+        ("{% set l = [] %}{% set _ = l.append('a') %}{{ l | join }}", "a"),
+        ("{% for i in range(5) %}{% if i is odd %}{% continue %}{% endif %}{{ i }}{% endfor %}", "024"),
+        ("{{ functions }} {{ datetime }}", "[] 2024-05-17 00:00:00"),
         ("{% if false %}{{ 1 | unknown }}{{ 1 is unknown }}{{ unknown() }}{% endif %}a", "a"),
     ],
 )
@@ -176,13 +351,12 @@ def test_what_templates_can_use(source: str, expected: str) -> None:
         ("{{ 1 is unknown }}", "No test named 'unknown'"),
         ("{{ unknown() }}", "'unknown' is undefined"),
         ("{{ messages[9].content }}", "has no element 9"),
-        ("{{ {} | tojson(sort_keys=True) }}", "sort_keys"),
-        ("{{ {} | tojson(ensure_ascii=True) }}", "ensure_ascii"),
-        ("{{ {} | tojson(separators=(',', ':')) }}", "separators"),
         ("{{ {} | tojson(nope=1) }}", "nope"),
         ("{{ {} | tojson(indent=100000) }}", "indent"),
         ("{{ nope | tojson }}", "Undefined"),
-        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ messages.clear() }}", "unsafe"),
+        ("{{ {'a': namespace(b=1)} | tojson }}", "Namespace is not JSON"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ '\\ud800' }}", "not valid Unicode"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
@@ -194,7 +368,7 @@ def test_a_template_that_fails_says_why(source: str, reason: str) -> None:
 
 
 def test_a_prompt_of_any_length_is_refused() -> None:
-    length = chat_template.MAX_PROMPT_CHARACTERS
+    length = MAX_PROMPT_CHARACTERS
     assert len(render(f"{{{{ 'x' * {length} }}}}").text) == length
     with pytest.raises(TemplateFailed, match="longer than"):
         render(f"{{{{ 'x' * {length} }}}}y")
@@ -216,13 +390,13 @@ def test_a_template_that_does_not_compile_says_where(source: str) -> None:
 
 
 def test_a_template_nested_too_deeply_does_not_compile() -> None:
-    with pytest.raises(TemplateFailed):
+    with pytest.raises(TemplateFailed, match=r"Recursion|nested"):
         PromptTemplate("{{" + "(" * 5000 + ")" * 5000 + "}}")
 
 
 def test_variables_are_json() -> None:
     variables: dict[str, Any] = template_variables(conversation(("user", PARTS), tools=(WEATHER,)))
-    assert json.loads(json.dumps(variables))["messages"] == variables["messages"]
+    assert json.loads(json.dumps(variables)) == variables
 
 
 def test_memory_that_runs_out_while_compiling_is_not_the_template_s_fault() -> None:

@@ -7,13 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from paddler.language.token_classifier import (
-    FAMILIES,
-    Markers,
-    TokenClassifier,
-    find_markers,
-    section_after,
-)
+from paddler.language.reasoning_formats import FAMILIES, Markers, find_markers, section_after
+from paddler.language.token_classifier import Item, TokenClassifier
 from paddler.messages.tokens import Section, Usage
 
 THINK = FAMILIES[0]
@@ -33,9 +28,15 @@ def classify(
     classifier = TokenClassifier(markers=markers, start=start, control_tokens=control_tokens or {})
     shown: list[tuple[Section, str]] = []
     for piece in pieces:
-        shown += classifier.feed((PLAIN,), piece) if isinstance(piece, str) else classifier.feed((piece,), "")
-    shown += classifier.finish()
+        given = ((PLAIN,), piece) if isinstance(piece, str) else ((piece,), "")
+        shown += pieces_of(classifier.feed(*given))
+    shown += pieces_of(classifier.finish())
     return shown, classifier.usage(prompt_tokens=0, cached_prompt_tokens=0)
+
+
+def pieces_of(items: list[Item]) -> list[tuple[Section, str]]:
+    """Return the items, which are all pieces without tools."""
+    return [item for item in items if isinstance(item, tuple)]
 
 
 def joined(shown: list[tuple[Section, str]]) -> list[tuple[Section, str]]:
@@ -107,7 +108,7 @@ def test_text_that_comes_with_a_control_token_stands_before_it() -> None:
 def test_text_without_a_token_is_shown_and_not_counted() -> None:
     classifier = TokenClassifier(markers=THINK, start=Section.CONTENT, control_tokens={})
     shown = classifier.feed((PLAIN,), "<") + classifier.feed((), "<\ufffd") + classifier.finish()
-    assert "".join(text for _, text in shown) == "<<\ufffd"
+    assert "".join(text for _, text in pieces_of(shown)) == "<<\ufffd"
     assert classifier.usage(prompt_tokens=5, cached_prompt_tokens=1) == Usage(
         prompt_tokens=5, cached_prompt_tokens=1, content_tokens=1
     )

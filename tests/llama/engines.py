@@ -11,7 +11,7 @@ import trio
 
 from paddler.config import EngineTimeouts, KvLayout, bundled_model_path
 from paddler.engine.handle import Engine, open_engine
-from paddler.engine.pipe import Advance, EngineSettings, Finish, ModelDescription
+from paddler.engine.pipe import Advance, EngineSettings, Finish, Held, Logprobs, ModelDescription
 from paddler.messages.state import DETERMINISTIC_PARAMETERS
 
 SHORT = EngineTimeouts(start=10, load_silence=5, step=5, standstill=0.4, stop=1)
@@ -28,8 +28,11 @@ class Answer:
     text: str = ""
     tokens: tuple[int, ...] = ()
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    image_tokens: int = 0
     finish: Finish | None = None
     failure: str = ""
+    logprobs: Logprobs = ()
 
 
 class Generations:
@@ -40,10 +43,10 @@ class Generations:
         self._turns = turns
         self._ids = itertools.count(1)
 
-    def start(self, prompt: str, *, max_tokens: int = 300) -> int:
+    def start(self, prompt: str, *, max_tokens: int = 300, **more: Any) -> int:
         generation = next(self._ids)
         self._turns.answers[generation] = Answer()
-        self.engine.generate(generation, prompt=prompt, max_tokens=max_tokens)
+        self.engine.generate(generation, prompt=prompt, max_tokens=max_tokens, **more)
         return generation
 
     async def answer(self, generation: int) -> Answer:
@@ -52,8 +55,8 @@ class Generations:
         await self._turns.wait_until(lambda: answer.finish is not None)
         return answer
 
-    async def ask(self, prompt: str, *, max_tokens: int = 300) -> Answer:
-        return await self.answer(self.start(prompt, max_tokens=max_tokens))
+    async def ask(self, prompt: str, *, max_tokens: int = 300, **more: Any) -> Answer:
+        return await self.answer(self.start(prompt, max_tokens=max_tokens, **more))
 
     async def tokens_of(self, generation: int, count: int) -> None:
         """Wait until a generation has at least so many tokens."""
@@ -62,12 +65,17 @@ class Generations:
     def __getitem__(self, generation: int) -> Answer:
         return self._turns.answers[generation]
 
+    async def holding(self, expected: dict[int, int]) -> None:
+        """Wait until the engine says that it holds so many tokens of these generations, and of no others."""
+        await self._turns.wait_until(lambda: dict(self._turns.held) == expected)
+
 
 class Turns:
     """Takes what on_turn brings."""
 
     def __init__(self) -> None:
         self.answers: dict[int, Answer] = {}
+        self.held: tuple[tuple[int, int], ...] = ()
         self._news = trio.Event()
 
     def take(self, advances: list[Advance]) -> None:
@@ -78,8 +86,15 @@ class Turns:
             answer.text += advance.text
             answer.tokens += advance.tokens
             answer.prompt_tokens = advance.prompt_tokens
+            answer.cached_prompt_tokens = advance.cached_prompt_tokens
+            answer.image_tokens = advance.image_tokens
             answer.finish = advance.finish
             answer.failure = advance.failure
+            answer.logprobs += advance.logprobs or ()
+        self._news.set()
+
+    def take_held(self, held: Held) -> None:
+        self.held = held.prefixes
         self._news.set()
 
     async def wait_until(self, condition: Any) -> None:
@@ -121,6 +136,7 @@ async def running(*, timeouts: EngineTimeouts = SHORT, **changes: Any) -> AsyncI
         on_model=accept_model,
         on_progress=ignore_progress,
         on_turn=turns.take,
+        on_held=turns.take_held,
     ) as engine:
         yield Generations(engine, turns)
 

@@ -134,6 +134,28 @@ REFUSED: list[tuple[tuple[Any, Any], str]] = [
         state(model="Nothing"),
         "unknown variant `Nothing`, expected one of `HuggingFace`, `LocalToAgent`, `None`, `Url` @ $.model",
     ),
+    (
+        state(lora_adapters=[{"source": "None", "scale": 1}]),
+        (
+            "unknown variant `None`, expected one of `HuggingFace`, `LocalToAgent`, `Url`"
+            " @ $.lora_adapters[0].source"
+        ),
+    ),
+    *(
+        (
+            state(lora_adapters=[{"source": {"LocalToAgent": "/a"}, "scale": scale}]),
+            f"{reason} @ $.lora_adapters[0].scale",
+        )
+        for scale, reason in [
+            (100.5, "number is out of range"),
+            (-101, "number is out of range"),
+            (10**400, "number is out of range"),
+            ("1", "expected a number, got a string"),
+            (None, "expected a number, got null"),
+        ]
+    ),
+    (state(lora_adapters=[{"scale": 1}]), "missing field `source` @ $.lora_adapters[0].source"),
+    (state(lora_adapters={}), "expected an array, got an object @ $.lora_adapters"),
     (state(model={"LocalToAgent": 5}), "expected a string, got an integer @ $.model"),
     (
         state(model={"Url": {"url": "a"}, "LocalToAgent": "b"}),

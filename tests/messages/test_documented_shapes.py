@@ -59,6 +59,7 @@ from paddler.messages.state import (
     HuggingFaceModel,
     InferenceParameters,
     LocalModel,
+    LoraAdapter,
     ModelCannotBeLoaded,
     ModelFileDoesNotExist,
     ModelPath,
@@ -418,6 +419,40 @@ def test_a_parameter_that_must_be_positive_is_named_when_it_is_zero(field: str) 
     state = attrs.evolve(DEFAULT_DESIRED_STATE, inference_parameters=parameters)
     assert invalid_parameter(state) == f"{field} must be greater than zero"
     assert invalid_parameter(DEFAULT_DESIRED_STATE) is None
+
+
+LORA_JSON = [
+    {"source": {"LocalToAgent": "/a.gguf"}, "scale": 0.5},
+    {"source": {"HuggingFace": {"filename": "f", "repo_id": "r", "revision": "main"}}, "scale": 1.0},
+    {"source": {"Url": {"url": "https://example.com/a.gguf"}}, "scale": -100.0},
+]
+
+
+def test_lora_adapters_are_written_only_where_there_are_some() -> None:
+    for plain in (DEFAULT_DESIRED_STATE, DEFAULT_DESIRED_STATE.applicable()):
+        assert "lora_adapters" not in unstructure(plain)
+    state = structure(DEFAULT_STATE_JSON | {"lora_adapters": LORA_JSON}, DesiredState)
+    assert state.lora_adapters == (
+        LoraAdapter(LocalModel("/a.gguf"), 0.5),
+        LoraAdapter(HuggingFaceModel("f", "r", "main"), 1.0),
+        LoraAdapter(UrlModel("https://example.com/a.gguf"), -100.0),
+    )
+    assert unstructure(state) == DEFAULT_STATE_JSON | {"lora_adapters": LORA_JSON}
+    assert unstructure(state.applicable())["lora_adapters"] == LORA_JSON
+    without = structure(DEFAULT_STATE_JSON | {"lora_adapters": []}, DesiredState)
+    assert without == DEFAULT_DESIRED_STATE
+    assert unstructure(without) == DEFAULT_STATE_JSON
+
+
+def test_a_scale_that_is_left_out_is_one() -> None:
+    assert structure({"source": {"LocalToAgent": "/a"}}, LoraAdapter).scale == 1.0
+
+
+def test_more_than_sixteen_lora_adapters_are_refused() -> None:
+    adapters = (LoraAdapter(LocalModel("/a.gguf")),) * 17
+    state = attrs.evolve(DEFAULT_DESIRED_STATE, lora_adapters=adapters)
+    assert invalid_parameter(state) == "lora_adapters must be at most 16"
+    assert invalid_parameter(attrs.evolve(state, lora_adapters=adapters[:16])) is None
 
 
 def test_issues_are_sorted_by_name_and_then_by_what_they_say() -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddler.messages import agent_socket, inference, inference_socket, sampling, snapshots, state, tokens
+from paddler.messages import agent_socket, embeddings, inference, inference_socket, sampling, snapshots, state, tokens
 from paddler.messages.agent_socket import AgentFrame, AgentStatus, BalancerFrame
+from paddler.messages.embeddings import EmbeddingResult, EmbeddingTerminal
 from paddler.messages.inference import (
     ContentPart,
     GenerateEmbeddingBatch,
@@ -34,6 +35,8 @@ FORMS = {
     "ClientFrame": ClientFrame,
     "ContentPart": ContentPart,
     "DesiredState": DesiredState,
+    "EmbeddingResult": EmbeddingResult,
+    "EmbeddingTerminal": EmbeddingTerminal,
     "Event": Event,
     "GenerateEmbeddingBatch": GenerateEmbeddingBatch,
     "Grammar": Grammar,
@@ -61,7 +64,7 @@ def test_a_message_survives_the_wire(form: Any, data: st.DataObject) -> None:
 
 
 def test_the_list_above_reaches_every_message_class() -> None:
-    modules = (agent_socket, inference, inference_socket, sampling, snapshots, state, tokens)
+    modules = (agent_socket, embeddings, inference, inference_socket, sampling, snapshots, state, tokens)
     written = {
         value
         for module in modules

@@ -16,7 +16,7 @@ from paddler.messages.state import (
     MultimodalProjectionCannotBeLoaded,
     UrlModel,
 )
-from paddler.models.sources import check_projection, resolve_model, resolve_projection
+from paddler.models.sources import check_projection, resolve_adapter, resolve_model, resolve_projection
 
 HUB = HuggingFaceModel(filename="a.gguf", repo_id="org/repo", revision="main")
 HUB_TEXT = "org/repo/main/a.gguf"
@@ -58,6 +58,18 @@ async def test_sources_that_are_not_served_say_so(source: ModelSource, text: str
     with pytest.raises(ModelUnavailable) as refusal:
         await resolve_projection(source)
     assert refusal.value.issues == (MultimodalProjectionCannotBeLoaded(text),)
+
+
+async def test_an_adapter_is_found_like_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    with pytest.raises(ModelUnavailable) as refusal:
+        await resolve_adapter(LocalModel(str(path)))
+    assert refusal.value.issues == (ModelFileDoesNotExist(str(path)),)
+    path.touch()
+    assert await resolve_adapter(LocalModel(str(path))) == str(path)
+    with pytest.raises(ModelUnavailable, match="not served yet") as refusal:
+        await resolve_adapter(HUB)
+    assert refusal.value.issues == (ModelCannotBeLoaded(HUB_TEXT),)
 
 
 async def test_a_gguf_file_passes_as_projection() -> None:

@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from paddler.routing.fleet import Agent, Fleet
-from paddler.routing.policies import least_busy
+from paddler.routing.policies import Offer, choose
 from paddler.routing.waiting_line import Ticket, WaitingLine
 from tests.fakes.scripted_agent import agent_status
 
@@ -16,8 +16,8 @@ def waiting(line: WaitingLine, count: int) -> list[Ticket]:
 
 
 def test_no_candidate_no_choice() -> None:
-    candidates: list[Agent] = []
-    assert least_busy(candidates) is None
+    candidates: dict[Agent, Offer] = {}
+    assert choose(candidates) is None
 
 
 def test_tickets_are_served_in_order_of_arrival() -> None:

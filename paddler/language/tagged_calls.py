@@ -1,0 +1,173 @@
+"""Calls whose arguments stand in tags of their own; the tool's schema says of what type they are."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from paddler.language.json_calls import BrokenCall, Call, Tools, arguments_of, check_count
+from paddler.messages.inference import Tool
+from paddler.messages.tokens import ToolCallArguments, ValidJson
+
+
+@attrs.frozen
+class _Tags:
+    """Patterns of a syntax in which every argument stands in tags of its own."""
+
+    begins: re.Pattern[str]
+    """Is found anywhere in a text of this syntax."""
+    call: re.Pattern[str]
+    key: re.Pattern[str]
+    """Group 1 is the key, group 2, if there is one, says whether the value is a string."""
+    value_end: re.Pattern[str]
+    call_end: re.Pattern[str]
+    trims_line: bool = False
+    """A line break at either end belongs to the tags."""
+
+
+_FUNCTION_TAGS = _Tags(
+    begins=re.compile(r"<function="),
+    call=re.compile(r"<function=([^<>\s]+)\s*>"),
+    key=re.compile(r"<parameter=([^<>]+)>"),
+    value_end=re.compile(r"</parameter>"),
+    call_end=re.compile(r"</function>"),
+    trims_line=True,
+)
+_INVOKE_TAGS = _Tags(
+    begins=re.compile(r"<(?:｜DSML｜)?invoke\s"),
+    call=re.compile(r'<(?:｜DSML｜)?invoke name="([^"<>]+)">'),
+    key=re.compile(r'<(?:｜DSML｜)?parameter name="([^"<>]+)"(?: string="(true|false)")?>'),
+    value_end=re.compile(r"</(?:｜DSML｜)?parameter>"),
+    call_end=re.compile(r"</(?:｜DSML｜)?invoke>"),
+)
+_ARGUMENT_TAGS = _Tags(
+    begins=re.compile(r"<arg_key>"),
+    call=re.compile(r"([\w.\-]+)(?=\s*(?:<arg_key>|\Z))"),
+    key=re.compile(r"<arg_key>([^<>]+)</arg_key>\s*<arg_value>"),
+    value_end=re.compile(r"</arg_value>"),
+    call_end=re.compile(r"\Z"),
+)
+_NOT_SPACE = re.compile(r"\S|\Z")
+
+
+def read_function_tags(text: str, tools: Tools) -> list[Call] | None:
+    """Read `<function=name>` with parameters in tags, or with JSON."""
+    return _read_tags(text, tools, _FUNCTION_TAGS)
+
+
+def read_invoke_tags(text: str, tools: Tools) -> list[Call] | None:
+    """Read `<invoke name="…">`, with DeepSeek's marks in the tags or without."""
+    return _read_tags(text, tools, _INVOKE_TAGS)
+
+
+def read_argument_tags(text: str, tools: Tools) -> list[Call] | None:
+    """Read a name and `<arg_key>`, `<arg_value>` behind it; a name alone only if there is such a tool."""
+    if text.strip() in tools:
+        return [Call(text.strip(), ValidJson({}))]
+    return _read_tags(text, tools, _ARGUMENT_TAGS)
+
+
+def _read_tags(text: str, tools: Tools, tags: _Tags) -> list[Call] | None:
+    if tags.begins.search(text) is None:
+        return None
+    calls: list[Call] = []
+    at = _behind_space(text, 0)
+    while at < len(text):
+        call = tags.call.match(text, at)
+        if call is None:
+            raise BrokenCall(f"no call begins at character {at}")
+        arguments, at = _tagged_arguments(text, call.end(), tools.get(call[1]), tags)
+        calls.append(Call(call[1], arguments))
+        check_count(calls)
+        at = _behind_space(text, at)
+    return calls
+
+
+def _tagged_arguments(text: str, at: int, tool: Tool | None, tags: _Tags) -> tuple[ToolCallArguments, int]:
+    found: dict[str, Any] = {}
+    schemas = _parameter_schemas(tool)
+    at = _behind_space(text, at)
+    if text.startswith("{", at):
+        end = tags.call_end.search(text, at)
+        if end is None:
+            raise BrokenCall("a call has no end")
+        return arguments_of(text[at : end.start()]), end.end()
+    while (end := tags.call_end.match(text, at)) is None:
+        key = tags.key.match(text, at)
+        if key is None:
+            raise BrokenCall(f"neither a parameter nor the end of the call at character {at}")
+        value_end = tags.value_end.search(text, key.end())
+        if value_end is None:
+            raise BrokenCall(f"the parameter {key[1][:50]!r} has no end")
+        value = text[key.end() : value_end.start()]
+        if tags.trims_line:
+            value = value.removeprefix("\n").removesuffix("\n")
+        said = key[2] if tags.key.groups > 1 else None
+        found[key[1].strip()] = value if said == "true" else _typed(value, schemas.get(key[1].strip()))
+        at = _behind_space(text, value_end.end())
+    return ValidJson(found), end.end()
+
+
+def _behind_space(text: str, at: int) -> int:
+    match = _NOT_SPACE.search(text, at)
+    assert match is not None
+    return match.start()
+
+
+def _parameter_schemas(tool: Tool | None) -> Mapping[str, Any]:
+    parameters = tool.function.parameters if tool is not None else None
+    return (parameters.properties if parameters is not None else None) or {}
+
+
+_WORDS = {"True": True, "False": False, "None": None}
+
+
+def _typed(text: str, schema: Any) -> Any:
+    """Return a value of a tag: text where the schema wants a string, else its JSON, else its text."""
+    stripped = text.strip()
+    value: Any = _WORDS.get(stripped)
+    if stripped not in _WORDS:
+        match arguments_of(stripped):
+            case ValidJson(value):
+                pass
+            case _:
+                return text
+    types = _types(schema, 0)
+    if "string" in types and (isinstance(value, str) or not types & _types_of(value)):
+        return text
+    return value
+
+
+def _types(schema: Any, depth: int) -> frozenset[str]:
+    """Return the types that a schema names, itself or in its alternatives; none: any type."""
+    if not isinstance(schema, dict) or depth > 5:
+        return frozenset()
+    named = schema.get("type", ())
+    types = frozenset(
+        name for name in ([named] if isinstance(named, str) else named) if isinstance(name, str)
+    )
+    if not types:
+        examples = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
+        types = types.union(*[_types_of(example) for example in examples])
+    for word in ("anyOf", "oneOf", "allOf"):
+        types = types.union(*[_types(part, depth + 1) for part in schema.get(word, ())])
+    return types
+
+
+def _types_of(value: Any) -> frozenset[str]:
+    match value:
+        case None:
+            return frozenset({"null"})
+        case bool():
+            return frozenset({"boolean"})
+        case int():
+            return frozenset({"integer", "number"})
+        case float():
+            return frozenset({"number", "integer"} if value.is_integer() else {"number"})
+        case str():
+            return frozenset({"string"})
+        case list():
+            return frozenset({"array"})
+        case _:
+            return frozenset({"object"})
