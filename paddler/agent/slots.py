@@ -242,7 +242,10 @@ class Slots:
             assert isinstance(request.body, ContinueFromConversationHistory)
             calls = [unstructure(call) for call in answer.unchecked.payload]
             tools = template_variables(request.body)["tools"]
-            violations = await self._preparer.call_violations(calls, tools)
+            violations = ["the request was stopped before its calls were checked"]
+            if not request.is_stopped:
+                with trio.CancelScope() as request.preparing:
+                    violations = await self._preparer.call_violations(calls, tools)
             if not request.has_ended:  # the engine may be gone
                 self._send(self._pieces(request, answer.checked(violations)))
 

@@ -25,11 +25,13 @@ from paddler.messages.inference import (
     GbnfGrammar,
     Grammar,
     TokenRequest,
+    Tool,
 )
 from paddler.messages.sampling import Sampling
 from paddler.messages.state import InferenceParameters
 from paddler.messages.tokens import (
     TOKEN_GENERATION_DISABLED_TEXT,
+    GrammarSyntaxError,
     MultimodalNotSupported,
     Section,
     Terminal,
@@ -122,16 +124,25 @@ async def _required_call(
     """Return the grammar of an answer that is a call; thinking that the prompt has begun may end first."""
     converted: dict[str, str] = {}
     tool_format = serving.tool_format_for(body)
-    for schema in schemas_needed(tool_format, body.tools, body.tool_choice):
-        gbnf = await preparer.gbnf_of_schema(schema)
-        if not isinstance(gbnf, str):
-            return gbnf
-        converted[schema] = gbnf
+    for tool in body.tools:
+        for schema in schemas_needed(tool_format, [tool], body.tool_choice):
+            gbnf = converted.get(schema) or await preparer.gbnf_of_schema(schema)
+            if not isinstance(gbnf, str):
+                return _no_grammar_of(tool, gbnf)
+            converted[schema] = gbnf
     grammar = required_call_grammar(serving.tool_format, body.tools, body.tool_choice, converted.__getitem__)
     assert grammar is not None, "admission lets no choice pass that cannot be honoured"
     thinks = section_after(prompt.suffix, serving.markers) is Section.REASONING
     begins_after = serving.markers.closing if thinks and serving.markers is not None else ()
     return GrammarRule(*grammar, begins_after=begins_after)
+
+
+def _no_grammar_of(tool: Tool, error: GrammarSyntaxError) -> GrammarSyntaxError:
+    """Say whose schema it was: the client did not send a grammar."""
+    return GrammarSyntaxError(
+        "`tool_choice` requires a call, and no grammar can be made of the parameters of "
+        f"tool '{tool.function.name[:100]}': {error.payload}"
+    )
 
 
 async def _grammar_of(grammar: Grammar | None, preparer: Preparer) -> GrammarRule | Terminal | None:

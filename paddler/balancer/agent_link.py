@@ -1,10 +1,11 @@
 """One connected agent: reader, writer, signs of life; and all of them together.
 
-A link knows nothing of WebSockets, it is given a way to receive and a way to send text. Its reader
-never waits for anyone: pieces, statuses and answers are handed on by plain calls.
+A link knows nothing of WebSockets, it is given a way to read and a way to send text. Reading never
+waits for anyone: frames come, and pieces, statuses and answers are handed on, by plain calls.
 """
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -41,7 +42,9 @@ from paddler.routing.fleet import Agent, Fleet
 
 log = logging.getLogger(__name__)
 
-Receive = Callable[[], Awaitable[str]]
+Read = Callable[[Callable[[str], None]], Awaitable[None]]
+"""Gives each text message to a call that never raises, until there are no more; it may raise EOFError."""
+
 Send = Callable[[str], Awaitable[None]]
 
 AGENT_GONE = StreamError(502, "Agent controller connection closed")
@@ -77,20 +80,21 @@ class AgentLink:
         self._timeouts = timeouts
         self._outbox = Outbox()
         self._scope = trio.CancelScope()
+        self._registered = trio.Event()
+        self._last_sign = -math.inf
         self.questions = Questions(agent_id, send=self.send, answer_timeout=timeouts.answer)
 
-    async def run(self, receive: Receive, send: Send, *, admit: Callable[[Register], None]) -> None:
+    async def run(self, read: Read, send: Send, *, admit: Callable[[Register], None]) -> None:
         """Greet the agent, have it admitted when it registers, and serve it until the link ends."""
         with self._scope:
-            with self._failures_end_it(f"it did not register within {self._timeouts.registration:g} s"):
-                with trio.fail_after(self._timeouts.registration):
-                    await send(encode(Welcome(PROTOCOL, paddler.__version__), BalancerFrame))
-                    first = await receive()
-                if not self.ended:  # a shutdown may come in the very tick of the first frame
-                    admit(_read_register(first))
-            if self.requests is not None and not self.ended:
-                async with trio.open_nursery() as link:
-                    link.start_soon(self._read_frames, receive)
+            async with trio.open_nursery() as link:
+                link.start_soon(self._read_frames, read, admit)
+                with self._failures_end_it(f"it did not register within {self._timeouts.registration:g} s"):
+                    with trio.fail_after(self._timeouts.registration):
+                        await send(encode(Welcome(PROTOCOL, paddler.__version__), BalancerFrame))
+                        await self._registered.wait()
+                if self.requests is not None and not self.ended:
+                    link.start_soon(self._watch)
                     link.start_soon(self._write_frames, send)
                     link.start_soon(self.requests.end_drains)
 
@@ -122,12 +126,39 @@ class AgentLink:
         if not self.ended and not self._outbox.put(frame):
             self.end("its outbox is full", logging.WARNING)
 
-    async def _read_frames(self, receive: Receive) -> None:
-        with self._failures_end_it(f"no sign of life for {self._timeouts.liveness:g} s"):
-            while not self.ended:
-                with trio.fail_after(self._timeouts.liveness):
-                    frame = await receive()
-                self._take(frame)
+    async def _read_frames(self, read: Read, admit: Callable[[Register], None]) -> None:
+        def take(frame: str) -> None:
+            """Take a frame in the task of whoever reads the connection, which must not suffer from it."""
+            if self.ended:
+                return
+            self._last_sign = trio.current_time()
+            try:
+                if self.requests is not None:
+                    self._take(frame)
+                else:
+                    admit(_read_register(frame))
+                    self._registered.set()
+            except RemoteProtocolError as error:
+                self.end(str(error), logging.WARNING)
+            except Exception:  # border: one link
+                log.exception("%s: link failed", self.shown_name)
+                self.end("it failed", logging.WARNING)
+
+        try:
+            await read(take)
+        except (EOFError, OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        self.end("it disconnected")
+
+    async def _watch(self) -> None:
+        """End the link when no frame comes for too long; one timer, whatever the number of frames."""
+        liveness = self._timeouts.liveness
+        while True:
+            due = self._last_sign + liveness
+            if due <= trio.current_time():
+                break
+            await trio.sleep_until(due)
+        self.end(f"no sign of life for {liveness:g} s", logging.WARNING)
 
     async def _write_frames(self, send: Send) -> None:
         with self._failures_end_it(f"it read nothing for {self._timeouts.liveness:g} s"):
@@ -207,18 +238,18 @@ class AgentLinks:
         self._set_state: str | None = None
         self._shutting_down = False
 
-    async def serve_agent(self, agent_id: str, *, receive: Receive, send: Send) -> None:
+    async def serve_agent(self, agent_id: str, *, read: Read, send: Send) -> None:
         """Serve one agent's connection until it ends; the caller closes it then.
 
-        `receive` raises EOFError when there is nothing more. Cancellation ends the link like a lost
-        connection: the agent leaves the fleet, and its requests end with an error.
+        Cancellation ends the link like a lost connection: the agent leaves the fleet, and its requests
+        end with an error.
         """
         if self._shutting_down:
             return
         link = AgentLink(agent_id, fleet=self._fleet, buffer=self._buffer, timeouts=self._timeouts)
         self._links.add(link)
         try:
-            await link.run(receive, send, admit=lambda register: self._admit(link, register))
+            await link.run(read, send, admit=lambda register: self._admit(link, register))
         except Exception:  # one link must not take the others down
             log.exception("agent %r: link failed", agent_id)
         finally:

@@ -5,6 +5,7 @@ task meets them first.
 """
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable
 
@@ -38,6 +39,7 @@ _TURNS_REMEMBERED = 64
 """Long enough for the slow turns of a prompt to be among them, and one stall is soon forgotten."""
 
 _LAST_OUTPUT_GRACE = 1.0
+_READ_BYTES = 64 * 1024
 _MAX_LINE_BYTES = 64 * 1024
 _MAX_LAST_WORDS = 500
 
@@ -82,10 +84,8 @@ class Conversation:
         """Return the next report. Raises EngineDied when there will be none."""
         while not self._received:
             try:
-                data = await self.child.stream.receive_some()
+                data = await self._read()
                 reports = self._reader.feed(data)
-            except trio.BrokenResourceError:
-                data, reports = b"", []
             except RemoteProtocolError as error:
                 self.child.kill()
                 raise EngineDied(f"{error} on its pipe", self._last_words) from None
@@ -93,6 +93,21 @@ class Conversation:
                 raise await self._death()
             self._received.extend(reports)
         return self._received.popleft()
+
+    async def _read(self) -> bytes:
+        """Return what the process sent; nothing when it has ended.
+
+        A stream would try before it waits: one futile call of the kernel for every token.
+        """
+        socket = self.child.stream.socket
+        while True:
+            await trio.lowlevel.wait_readable(socket)
+            try:
+                return os.read(socket.fileno(), _READ_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return b""
 
     async def receive_within(self, patience: float) -> Report:
         """Return the next report while loading. Raises EngineDied, EngineHung."""

@@ -6,13 +6,15 @@ The text is read as llama.cpp reads it, so that what it takes is taken here; lef
 """
 
 import re
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 
 import attrs
 
 MAX_GBNF_BYTES = 64 * 1024
 MAX_DEPTH = 64
 _MAX_STATES = 50_000
+_MAX_STEPS = 200_000
 _MAX_REPETITIONS = 2000
 _MOST_REPETITIONS_OF_ONE = 8
 """As in `a?*+`."""
@@ -34,7 +36,7 @@ _DEFINITION = re.compile(r"::=")
 _CONTROLS = {"t": "\t", "r": "\r", "n": "\n"}
 
 Ranges = tuple[tuple[int, int], ...]
-"""Code points, from and to."""
+"""Code points, from and to; in order, and apart from each other."""
 
 
 class GrammarUnfit(Exception):
@@ -64,19 +66,26 @@ class State:
     empties: list["State"] = attrs.Factory(list)
     is_end: bool = False
     """The rule is fulfilled."""
+    _only_ends: bool | None = None
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
     @property
+    def steps(self) -> int:
+        return len(self.characters) + len(self.tokens) + len(self.calls) + len(self.empties)
+
+    @property
     def only_ends(self) -> bool:
-        """Say whether nothing but the end of the rule can follow."""
-        state = self
-        while not state.is_end:
-            if state.characters or state.tokens or state.calls or len(state.empties) != 1:
-                return False
-            [state] = state.empties
-        return not (state.characters or state.tokens or state.calls or state.empties)
+        """Say whether nothing but the end of the rule can follow. To be asked when the machine is whole."""
+        if self._only_ends is None:
+            way = [self]
+            while (last := way[-1])._only_ends is None and last.steps == len(last.empties) == 1:
+                way.append(last.empties[0])
+            answer = last._only_ends if last._only_ends is not None else last.is_end and not last.steps
+            for state in way:
+                state._only_ends = answer
+        return bool(self._only_ends)
 
 
 @attrs.define(eq=False)
@@ -105,6 +114,12 @@ Build = Callable[[State, State], None]
 """Adds the states of an expression between two."""
 
 
+def holds_any(ranges: Ranges, low: int, high: int) -> bool:
+    """Say whether any code point between two is in the ranges."""
+    behind = bisect_right(ranges, (high, _LAST_CHARACTER))
+    return behind > 0 and ranges[behind - 1][1] >= low
+
+
 class _Reader:
     """A descent through the text, at most MAX_DEPTH deep, that makes the machines."""
 
@@ -113,6 +128,7 @@ class _Reader:
         self._at = 0
         self._depth = 0
         self._states = 0
+        self._steps = 0
         self._rules: dict[str, Rule] = {}
 
     def read(self, root: str) -> State:
@@ -173,14 +189,14 @@ class _Reader:
                 if symbol is None:
                     break
                 builds.append(symbol)
-                repeatable = 0 if symbol is _nothing else _MOST_REPETITIONS_OF_ONE
+                repeatable = 0 if symbol == self._nothing else _MOST_REPETITIONS_OF_ONE
             self._skip(_SPACE_AND_LINES if nested else _SPACE)
         return self._in_turn(builds)
 
     def _in_turn(self, builds: list[Build]) -> Build:
         def build(begin: State, end: State) -> None:
             if not builds:
-                begin.empties.append(end)
+                self._nothing(begin, end)
             for one in builds[:-1]:
                 between = self._state()
                 one(begin, between)
@@ -195,23 +211,25 @@ class _Reader:
         if first == '"':
             literal = self._take(_LITERAL, "the end of a string")[1]
             codes = [_code(character) for character in _CHARACTER.findall(literal)]
-            return self._in_turn([_one_of(((code, code),)) for code in codes]) if codes else _nothing
+            return (
+                self._in_turn([self._one_of(((code, code),)) for code in codes]) if codes else self._nothing
+            )
         if first == "[":
             negated, members = self._take(_CLASS, "the end of a character class").groups()
-            return _one_of(_ranges(members, negated=bool(negated))) if members else _nothing
+            return self._one_of(_ranges(members, negated=bool(negated))) if members else self._nothing
         if first in "<!":
             negated, token, text = self._take(_TOKEN, "a token").groups()
-            return _this_token(
+            return self._this_token(
                 TokenTest(None if token is None else int(token), f"<{text}>".encode(), bool(negated))
             )
         if first == ".":
             self._at += 1
-            return _one_of(((0, _LAST_CHARACTER),))
+            return self._one_of(((0, _LAST_CHARACTER),))
         if first == "(":
             return self._group()
         if name := _NAME.match(self._text, self._at):
             self._at = name.end()
-            return _call(self._named(name[0]))
+            return self._call(self._named(name[0]))
         return None
 
     def _group(self) -> Build:
@@ -253,17 +271,17 @@ class _Reader:
                 begin = after
             if most is None:
                 loop, back = self._state(), self._state()
-                begin.empties.append(loop)
+                self._nothing(begin, loop)
                 once(loop, back)
-                back.empties.append(loop)
-                loop.empties.append(end)
+                self._nothing(back, loop)
+                self._nothing(loop, end)
                 return
             for _ in range(most - least):
                 after = self._state()
                 once(begin, after)
-                begin.empties.append(end)
+                self._nothing(begin, end)
                 begin = after
-            begin.empties.append(end)
+            self._nothing(begin, end)
 
         return build
 
@@ -275,6 +293,36 @@ class _Reader:
         if self._states > _MAX_STATES:
             raise GrammarUnfit(f"grammar has more than {_MAX_STATES} places, repetitions written out")
         return State()
+
+    def _nothing(self, begin: State, end: State) -> None:
+        self._count_step()
+        begin.empties.append(end)
+
+    def _one_of(self, ranges: Ranges) -> Build:
+        def build(begin: State, end: State) -> None:
+            self._count_step()
+            begin.characters.append((ranges, end))
+
+        return build
+
+    def _this_token(self, test: TokenTest) -> Build:
+        def build(begin: State, end: State) -> None:
+            self._count_step()
+            begin.tokens.append((test, end))
+
+        return build
+
+    def _call(self, rule: Rule) -> Build:
+        def build(begin: State, end: State) -> None:
+            self._count_step()
+            begin.calls.append((rule, end))
+
+        return build
+
+    def _count_step(self) -> None:
+        self._steps += 1
+        if self._steps > _MAX_STEPS:
+            raise GrammarUnfit(f"grammar has more than {_MAX_STEPS} steps, repetitions written out")
 
     def _take(self, pattern: re.Pattern[str], wanted: str) -> re.Match[str]:
         match = pattern.match(self._text, self._at)
@@ -295,22 +343,6 @@ class _Reader:
         )
 
 
-def _nothing(begin: State, end: State) -> None:
-    begin.empties.append(end)
-
-
-def _one_of(ranges: Ranges) -> Build:
-    return lambda begin, end: begin.characters.append((ranges, end))
-
-
-def _this_token(test: TokenTest) -> Build:
-    return lambda begin, end: begin.tokens.append((test, end))
-
-
-def _call(rule: Rule) -> Build:
-    return lambda begin, end: begin.calls.append((rule, end))
-
-
 def _ranges(members: str, *, negated: bool) -> Ranges:
     ranges = []
     at = 0
@@ -319,16 +351,22 @@ def _ranges(members: str, *, negated: bool) -> Ranges:
         assert match is not None
         at = match.end()
         low = _code(match[1])
-        ranges.append((low, _code(match[2]) if match[2] else low))
-    if not negated:
-        return tuple(ranges)
+        high = _code(match[2]) if match[2] else low
+        if low <= high:  # else there is no such character
+            ranges.append((low, high))
+    rest = _others(ranges)
+    return rest if negated else _others(rest)
+
+
+def _others(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Return all characters but these."""
     rest = []
     begin = 0
     for low, high in sorted(ranges):
         if low > begin:
             rest.append((begin, low - 1))
         begin = max(begin, high + 1)
-    return (*rest, (begin, _LAST_CHARACTER))
+    return (*rest, (begin, _LAST_CHARACTER)) if begin <= _LAST_CHARACTER else tuple(rest)
 
 
 def _code(written: str) -> int:

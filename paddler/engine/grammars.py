@@ -1,37 +1,23 @@
 """Which tokens an answer may go on with, so that it becomes what its grammar says.
 
 llama.cpp's own grammars are not used: they abort the process over a token too many, and some grammars of a
-hundred bytes take them minutes for one token. Here every way to read the answer so far is followed at once,
-and ways that meet go on as one, however they came there (a graph-structured stack), so that time is bounded.
-
-A *reading* is the set of places where the answer may be: a state of a rule, and the frame of its call. A
-frame says where its rule goes on when it ends, and within which frames: all calls that go on at the same
-state after the same character share one. Readings are kept: an answer that comes back to where it was, as
-in the middle of a string, finds the step to the next character taken already.
+hundred bytes take them minutes for one token. Here tokens are tested against readings (readings.py), whose
+time is bounded.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
-from paddler.engine.gbnf import GrammarUnfit, Ranges, State, TokenTest, read_gbnf
+from paddler.engine.gbnf import GrammarUnfit, State, read_gbnf
 from paddler.engine.pipe import Finish, GrammarRule
+from paddler.engine.readings import WORK_PER_TOKEN, Reading, Readings
 from paddler.engine.sampling import GenerationRefused, Ids, Logits
-
-_MOST_PLACES = 20_000
-"""At once: 20 ms for a character."""
-
-_WORK = 1_000_000
-_WORK_PER_TOKEN = 20_000
-"""Places that may be visited for an answer, a second's worth and as much more for each 50 tokens."""
 
 _MANY = 1000
 """Tokens, of which it pays to look at the first bytes all at once."""
-
-_MOST_READINGS = 20_000
-"""Kept; then they are forgotten."""
 
 
 class Grammars:
@@ -101,10 +87,10 @@ class Grammar:
         self._text_of = text_of
         self._first_bytes = first_bytes
         self._end_tokens = end_tokens
-        self._readings = _Readings()
-        self._reading = self._readings.of({(start, None)})
+        self._readings = Readings()
+        self._reading = self._readings.begin(start)
         self._partial = b""
-        self._tested: tuple[int, tuple[_Reading, bytes] | None] = (-1, None)
+        self._tested: tuple[int, tuple[Reading, bytes] | None] = (-1, None)
         self._marker = _MarkerSearch(begins_after) if begins_after else None
 
     @property
@@ -136,7 +122,7 @@ class Grammar:
         assert after is not None
         self._reading, self._partial = after
         self._tested = (-1, None)
-        self._readings.work_left += _WORK_PER_TOKEN
+        self._readings.work_left += WORK_PER_TOKEN
 
     def watch(self, token: int) -> bool:
         """Take a token of the free part, which may end it; false if the grammar cannot go on after it.
@@ -165,7 +151,7 @@ class Grammar:
         bytes_wanted[0] = True  # an end token's, which has no text
         return bytes_wanted
 
-    def _after(self, token: int) -> "tuple[_Reading, bytes] | None":
+    def _after(self, token: int) -> "tuple[Reading, bytes] | None":
         text = self._text_of(token)
         after = self._after_text(text) if text else None
         if self._reading.tests and not self._partial:
@@ -176,7 +162,7 @@ class Grammar:
                 return self._readings.of(seeds | (after[0].seeds if after is not None else set())), b""
         return after
 
-    def _after_text(self, text: bytes) -> "tuple[_Reading, bytes] | None":
+    def _after_text(self, text: bytes) -> "tuple[Reading, bytes] | None":
         """Return where a text leads, and the beginning of a character it ends with; None if nowhere."""
         data = self._partial + text
         if b"\0" in data:
@@ -194,134 +180,6 @@ class Grammar:
                 return None
             reading = after
         return (reading, partial) if not partial or reading.may_begin(partial) else None
-
-
-@attrs.define(eq=False)
-class _Frame:
-    """A call: where the caller goes on, and the frames it is in itself; None is the root's."""
-
-    back: State
-    callers: "set[_Frame | None]" = attrs.Factory(set)
-    has_ended: bool = False
-    """The rule has ended already while its reading is made: a caller that comes later goes on at once."""
-
-
-_Place = tuple[State, "_Frame | None"]
-
-
-class _Reading:
-    """All places where an answer may be, and the steps on from them."""
-
-    def __init__(self, seeds: frozenset[_Place]) -> None:
-        self.seeds = seeds
-        self.complete = False
-        self.single: dict[int, list[_Place]] = {}
-        """Code point to where it leads: most steps are those of literals."""
-        self.ranges: list[tuple[Ranges, State, _Frame | None]] = []
-        self.tests: list[tuple[TokenTest, State, _Frame | None]] = []
-        self.next: dict[str, _Reading | None] = {}
-
-    def may_begin(self, partial: bytes) -> bool:
-        """Say whether a character with these first bytes, and more to come, can be next."""
-        length = 2 if partial[0] < 0xE0 else 3 if partial[0] < 0xF0 else 4
-        value = partial[0] & (0x7F >> length)
-        for byte in partial[1:]:
-            value = value << 6 | byte & 0x3F
-        rest = 6 * (length - len(partial))
-        shortest = (0x80, 0x800, 0x10000)[length - 2]  # less would take fewer bytes
-        low, high = max(value << rest, shortest), ((value + 1) << rest) - 1
-        return any(low <= code <= high for code in self.single) or any(
-            begin <= high and low <= end for ranges, _, _ in self.ranges for begin, end in ranges
-        )
-
-    def add_step(self, ranges: Ranges, place: _Place) -> None:
-        if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
-            self.single.setdefault(ranges[0][0], []).append(place)
-        else:
-            self.ranges.append((ranges, *place))
-
-
-class _Readings:
-    """The readings of one answer, each made once."""
-
-    def __init__(self) -> None:
-        self._kept: dict[frozenset[_Place], _Reading] = {}
-        self.work_left = _WORK
-
-    def of(self, seeds: Iterable[_Place]) -> _Reading:
-        """Return the reading with these places and all that follow from them without a character."""
-        key = frozenset(seeds)
-        reading = self._kept.get(key)
-        if reading is None:
-            if len(self._kept) >= _MOST_READINGS:
-                self._kept.clear()
-            reading = self._kept[key] = self._made(key)
-        return reading
-
-    def after(self, reading: _Reading, character: str) -> _Reading | None:
-        """Return where a character leads, or None."""
-        if character not in reading.next:
-            code = ord(character)
-            self._spend(len(reading.ranges))
-            seeds = set(reading.single.get(code, ()))
-            for ranges, target, frame in reading.ranges:
-                if any(low <= code <= high for low, high in ranges):
-                    seeds.add((target, frame))
-            reading.next[character] = self.of(seeds) if seeds else None
-        return reading.next[character]
-
-    def _made(self, seeds: frozenset[_Place]) -> _Reading:
-        """Follow empty steps, calls and the ends of rules; each place once, whatever leads there."""
-        reading = _Reading(seeds)
-        frames: dict[State, _Frame] = {}
-        seen: set[_Place] = set()
-        todo = list(seeds)
-        while todo:
-            place = todo.pop()
-            if place in seen:
-                continue
-            seen.add(place)
-            state, frame = place
-            for ranges, target in state.characters:
-                reading.add_step(ranges, (target, frame))
-            reading.tests += [(test, target, frame) for test, target in state.tokens]
-            todo += [(target, frame) for target in state.empties]
-            todo += self._calls(state, frame, frames)
-            if state.is_end and frame is None:
-                reading.complete = True
-            elif state.is_end and frame is not None:
-                frame.has_ended = True
-                todo += [(frame.back, caller) for caller in frame.callers]
-            if len(seen) > _MOST_PLACES:
-                raise _too_complex()
-        self._spend(len(seen))
-        return reading
-
-    def _calls(self, state: State, frame: _Frame | None, frames: dict[State, _Frame]) -> Iterable[_Place]:
-        for rule, back in state.calls:
-            assert rule.start is not None
-            if back.only_ends:  # what is called goes on where this rule does: nothing to come back to
-                yield rule.start, frame
-                continue
-            called = frames.get(back)
-            if called is None:
-                called = frames[back] = _Frame(back)
-            if frame not in called.callers:
-                called.callers.add(frame)
-                if called.has_ended:
-                    yield back, frame
-            yield rule.start, called
-
-    def _spend(self, places: int) -> None:
-        self.work_left -= places
-        if self.work_left < 0:
-            raise _too_complex()
-
-
-def _too_complex() -> GenerationRefused:
-    return GenerationRefused(
-        Finish.GRAMMAR_INVALID, "grammar is too complex: the answer can be read in too many ways"
-    )
 
 
 @attrs.define

@@ -81,14 +81,15 @@ def gbnf_of_schema(text: str) -> str:
     except RecursionError:
         raise SchemaNotConvertible("the schema nests too deeply") from None
     except ValueError as error:
-        raise SchemaNotConvertible(f"the schema is not JSON: {error}") from None
+        reason = str(error).partition(";")[0]  # of a number too long Python goes on with its own settings
+        raise SchemaNotConvertible(f"the schema is not JSON: {reason}") from None
     if not isinstance(schema, dict):
         raise SchemaNotConvertible("the schema is not an object")
     grammar = _Conversion(schema).grammar()
     try:
         read_gbnf(grammar, "root")
     except GrammarUnfit as unfit:
-        raise SchemaNotConvertible(f"the schema is too large or needs itself: {unfit}") from None
+        raise SchemaNotConvertible(f"no grammar can be made of the schema: {unfit}") from None
     return grammar
 
 

@@ -1,6 +1,6 @@
 """llama.cpp's model: its file, its description, its vocabulary, and llama.cpp's log.
 
-With context.py the only importer of llama_cpp. Any thread may tokenise.
+With context.py, adapters.py and images.py the only importer of llama_cpp. Any thread may tokenise.
 """
 
 import ctypes
@@ -20,6 +20,13 @@ Ids = npt.NDArray[np.int32]
 
 DEBUG, INFO, WARNING, ERROR, CONTINUED = 1, 2, 3, 4, 5
 """llama.cpp's log levels."""
+
+_ROUTINE = (
+    "decode: failed to find a memory slot",
+    "state_read_meta: failed to find",
+    "state_seq_set_data: error loading state: failed to restore kv cache",
+)
+"""Beginnings of what it says when cells are missing: calls answer that, too, and idle ones are freed then."""
 
 
 class LlamaLog:
@@ -44,7 +51,7 @@ class LlamaLog:
     def _flush(self) -> None:
         text = self._line.decode(errors="replace").strip()
         self._line = b""
-        if not text or self._level == DEBUG:
+        if not text or self._level == DEBUG or text.startswith(_ROUTINE):
             return
         if self._level == ERROR:
             self.first_error = self.first_error or text

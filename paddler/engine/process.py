@@ -14,11 +14,11 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     bind_to_parent(connection)
     # Only now what takes a fifth of a second to import: a parent that dies meanwhile takes us along.
-    from paddler.engine import worker
+    from paddler.engine import parent_link, worker
 
     try:
         worker.run(connection)
-    except worker.ParentGone:
+    except parent_link.ParentGone:
         # The normal end. Nothing is left to flush, and neither llama.cpp's destructors nor a thread that
         # tokenises a long prompt are worth waiting for.
         os._exit(0)

@@ -25,8 +25,9 @@ _HUGE = 1e30
 _COLUMNS = 64
 _FIRST_GUESS = 256
 
-_LIKELY = 256
-"""Tokens that a grammar is asked about first, before the whole vocabulary (engine notes §5)."""
+_LIKELY = (256, 8192)
+"""So many tokens a grammar is asked about before the whole vocabulary (engine notes §5): of 152k that takes
+0.1 to 0.3 s, in which all others wait."""
 
 _MOST_MISFITS = 8
 """Choices in a row that would end the free part of an answer in a way its grammar cannot go on from."""
@@ -146,7 +147,8 @@ class Sampler:
         return token
 
     def _choose_allowed(self, row: Logits, grammar: TokenGrammar) -> int:
-        for ids in (_largest(row, min(_LIKELY, len(row))), np.arange(len(row))):
+        for count in (*_LIKELY, len(row)):
+            ids = _largest(row, count) if count < len(row) else np.arange(len(row))
             allowed = grammar.allowed(ids[np.isfinite(row[ids])])
             if len(allowed):
                 return int(allowed[self._choose(row[allowed])])

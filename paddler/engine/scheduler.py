@@ -19,7 +19,8 @@ _ALONE_BUDGET = 2.0
 
 _NEWEST_WEIGHT = 0.3
 
-_DECODES_BETWEEN_LOOKS = 256
+_DECODES_BETWEEN_LOOKS = 512
+_DECODES_PER_LOOK = 2
 _CLEARLY_FASTER = 0.9
 
 
@@ -105,7 +106,7 @@ class TurnBudget:
     def __init__(self, *, n_batch: int, seconds_per_token: float) -> None:
         self._max_chunk = min(_MAX_CHUNK, n_batch)
         self._seconds_per_token = max(seconds_per_token, 1e-9)
-        self._last_decode = 0.0
+        self._decodes: deque[float] = deque(maxlen=2)  # the shorter one counts: not a stall of the host
 
     def chunk_limit(self, *, company: bool, spent: float | None = None) -> int:
         """Return the largest chunk that fits a turn, a multiple of the grid.
@@ -113,14 +114,15 @@ class TurnBudget:
         The first chunk of a turn always gets one interval of the grid. Later ones may get nothing; those
         before them have `spent` so many seconds.
         """
-        budget = max(_DECODES_PER_BUDGET * self._last_decode, _SHORTEST_BUDGET) if company else _ALONE_BUDGET
+        decode = min(self._decodes, default=0.0)
+        budget = max(_DECODES_PER_BUDGET * decode, _SHORTEST_BUDGET) if company else _ALONE_BUDGET
         left = max(budget - (spent or 0.0), 0.0)
         affordable = int(min(left / self._seconds_per_token, self._max_chunk))
         least = 1 if spent is None else 0
         return min(max(affordable // GRID, least) * GRID, self._max_chunk)
 
     def decoded(self, seconds: float) -> None:
-        self._last_decode = seconds
+        self._decodes.append(seconds)
 
     def ingested(self, n_tokens: int, seconds: float) -> None:
         if n_tokens < GRID:  # a tail costs about as much as a token: it says nothing of chunks
@@ -136,34 +138,37 @@ class DecodeWidth:
     processor's caches, llama.cpp's kernels for a few rows can take longer than as many single rows (Q8_0, 49
     million parameters, AVX-512, one thread: 10 ms for two rows, 2.2 ms for one). Nothing is tried blindly:
     one by one is chosen when single decodes, as measured, promise it, and the batch is measured again
-    now and then.
+    now and then. A stall says little: a decode counts as at most twice as long as those before it.
     """
 
     def __init__(self) -> None:
         self._single: float | None = None
         self._together: dict[int, float] = {}
-        self._since_together: dict[int, int] = {}
+        self._looks_due: dict[int, int] = {}
+        """Batches still to be measured; below zero, single decodes since they were."""
+        self._last: tuple[int, bool] | None = None
 
     def is_one_by_one(self, count: int) -> bool:
         """Decide for so many pending tokens."""
-        together = self._together.get(count)
-        if count == 1 or self._single is None or together is None:
+        if count == 1 or self._single is None or self._looks_due.get(count, 1) > 0:
             return False
-        if self._since_together[count] >= _DECODES_BETWEEN_LOOKS:
-            return False
-        return count * self._single < _CLEARLY_FASTER * together
+        return count * self._single < _CLEARLY_FASTER * self._together[count]
 
     def decoded(self, count: int, seconds: float, *, one_by_one: bool) -> None:
         """Take note of how long a decode of so many took."""
-        if one_by_one or count == 1:
-            self._since_together[count] = self._since_together.get(count, 0) + 1
+        is_first = self._last != (count, one_by_one)
+        self._last = (count, one_by_one)
+        due = self._looks_due.get(count, _DECODES_PER_LOOK)
+        if count == 1:
+            self._single = _averaged(self._single, seconds)
+        elif one_by_one:
             self._single = _averaged(self._single, seconds / count)
-        elif count in self._since_together:
-            self._since_together[count] = 0
-            self._together[count] = _averaged(self._together.get(count), seconds)
-        else:
-            self._since_together[count] = 0  # llama.cpp builds its graph anew: the first says nothing
+            self._looks_due[count] = due - 1 if due > -_DECODES_BETWEEN_LOOKS else _DECODES_PER_LOOK
+        elif not is_first:  # for the first, llama.cpp builds its graph anew: it says nothing
+            # Only what is slower can be a neighbour's load; what is faster counts at once.
+            self._together[count] = min(seconds, _averaged(self._together.get(count), seconds))
+            self._looks_due[count] = max(due - 1, 0)
 
 
 def _averaged(average: float | None, newest: float) -> float:
-    return newest if average is None else average + _NEWEST_WEIGHT * (newest - average)
+    return newest if average is None else average + _NEWEST_WEIGHT * (min(newest, 2 * average) - average)

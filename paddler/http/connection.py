@@ -6,6 +6,7 @@ never knows what is served.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any, Final
 
 import h11
@@ -27,6 +28,7 @@ from wsproto.events import CloseConnection, Message, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
 
 from paddler.http.reading import Reader
+from paddler.http.text_frames import TextFrames
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +134,11 @@ class Connection(TCPServer):
             tasks._nursery.cancel_scope.deadline = trio.current_time() + FAREWELL_TIMEOUT
 
     async def _handle_data(self, data: bytes) -> None:
-        await self.protocol.handle(RawData(data))
+        stream = self.protocol.stream
+        if data and isinstance(stream, WebSocket) and stream.is_diverted:
+            await stream.receive_diverted(data)
+        else:
+            await self.protocol.handle(RawData(data))
 
     def _patience(self) -> float:
         # The last words of a WebSocket count; of a request, whose client waits for no answer, none do.
@@ -195,6 +201,21 @@ class Connection(TCPServer):
         """Close the socket and end the reader at once; every task that uses them learns so. Plain call."""
         self.stream.socket.close()
         self._reader.cancel()  # it may be waiting for something else than the socket
+
+    def divert_texts(self) -> None:
+        """Keep this WebSocket's messages from the app's queue, for `read_texts`. Call it before accepting."""
+        assert isinstance(self.protocol.stream, WebSocket)
+        self.protocol.stream.divert()
+        self._reader.handle_at_once()
+
+    async def read_texts(self, take: Callable[[str], None]) -> None:
+        """Hand every text message to a plain call, which never raises, within the step that read it.
+
+        Returns never: at the end of the WebSocket the app's call is cancelled, as ever.
+        """
+        assert isinstance(self.protocol.stream, WebSocket)
+        self.protocol.stream.deliver_to(take)
+        await trio.sleep_forever()
 
     async def send_texts(self, texts: list[str]) -> None:
         """Send WebSocket text messages, all in one write. Raises ClosedResourceError when that is over.
@@ -295,12 +316,32 @@ class WebSocket(WSStream):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.buffer = MessageBuffer(self.config.websocket_max_message_size)
+        self.is_diverted = False
         self._pinging = trio.CancelScope()
+        self._text_frames = TextFrames()
+        self._take: Callable[[str], None] | None = None
+        self._taker_came = trio.Event()
 
     @property
     def is_open(self) -> bool:
         """Whether messages can be sent; of a peer that left before it was accepted, never."""
         return not self.closed and self.connection.state is WebSocketState.OPEN
+
+    def divert(self) -> None:
+        """Give text messages to the call that `deliver_to` brings, and wait for it; drop the others."""
+        self.is_diverted = True
+
+    def deliver_to(self, take: Callable[[str], None]) -> None:
+        self._take = take
+        self._taker_came.set()
+
+    async def receive_diverted(self, data: bytes) -> None:
+        """Handle data, but for the upgrade, as upstream does by detours."""
+        for part in self._text_frames.feed(data):
+            if isinstance(part, bytes):
+                await self.handle(Data(stream_id=STREAM_ID, data=part))
+            elif self.is_open:
+                await self._give(part)
 
     async def handle(self, event: StreamEvent) -> None:
         if isinstance(event, (Body, Data)) and not self.closed and not self.handshake.accepted:
@@ -323,9 +364,9 @@ class WebSocket(WSStream):
                         await self._close(CloseConnection(CloseReason.MESSAGE_TOO_BIG, reason))
                         return
                     if event.message_finished:
-                        assert self.app_put is not None
-                        await self.app_put(self.buffer.to_message())
+                        message = self.buffer.to_message()
                         self.buffer.clear()
+                        await self._deliver(message)
                 case Ping():
                     await self._send_wsproto_event(event.response())
                 case CloseConnection():
@@ -333,6 +374,20 @@ class WebSocket(WSStream):
                     is_open = self.connection.state is WebSocketState.OPEN
                     await self._close(event if is_open else event.response())
                     return
+
+    async def _deliver(self, message: dict[str, Any]) -> None:
+        if not self.is_diverted:
+            assert self.app_put is not None
+            await self.app_put(message)
+            return
+        if message["text"] is not None:
+            await self._give(message["text"])
+
+    async def _give(self, text: str) -> None:
+        if self._take is None:
+            await self._taker_came.wait()
+            assert self._take is not None
+        self._take(text)
 
     async def _close(self, event: CloseConnection) -> None:
         self.buffer.clear()

@@ -101,14 +101,9 @@ def make_management_app(
         if "Origin" in websocket.headers:
             # Browsers send one always, and ask nobody before they open a WebSocket; agents send none.
             raise Refusal(403, "Web pages cannot be agents")
-        await websocket.accept()
         connection: Connection = websocket.scope["state"]["connection"]
-
-        async def receive() -> str:
-            while True:
-                message: str | bytes | None = await websocket.receive()
-                if isinstance(message, str):
-                    return message
+        connection.divert_texts()
+        await websocket.accept()
 
         async def send(message: str) -> None:
             try:
@@ -117,6 +112,6 @@ def make_management_app(
                 raise EOFError from None
 
         # An agent that leaves cancels this call: quart-trio does, when its connection ends.
-        await links.serve_agent(agent_id, receive=receive, send=send)
+        await links.serve_agent(agent_id, read=connection.read_texts, send=send)
 
     return app

@@ -31,6 +31,7 @@ class Reader:
         self._patience = patience
         self._inbox = bytearray()
         self._is_handling = False
+        self._at_once = False
         self._ended = False
         self._dropping = False
         self._reading = trio.CancelScope()
@@ -56,6 +57,13 @@ class Reader:
                     else:
                         handling.cancel()
 
+    def handle_at_once(self) -> None:
+        """From here on handle what comes where it is received: only for handlers that keep nothing long.
+
+        That saves a round of the event loop for every piece.
+        """
+        self._at_once = True
+
     def drop_rest(self, *, within: float) -> None:
         """Handle nothing new, yet go on receiving until the peer's end, not longer than this. Plain call."""
         self._dropping = True
@@ -76,6 +84,9 @@ class Reader:
             if not data:
                 return
             if self._dropping:
+                continue
+            if self._at_once and not self._inbox and not self._is_handling:
+                await self._handle(bytes(data))
                 continue
             self._inbox += data
             self._filled.set()

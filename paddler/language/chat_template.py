@@ -62,6 +62,7 @@ def template_variables(request: ContinueFromConversationHistory) -> dict[str, An
         "add_generation_prompt": request.add_generation_prompt,
         "enable_thinking": request.enable_thinking,
         "thinking": request.enable_thinking,  # as DeepSeek and Granite call it
+        "thinking_mode": "enabled" if request.enable_thinking else "disabled",  # as MiniMax M3 does
     }
 
 

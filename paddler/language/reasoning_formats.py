@@ -50,6 +50,7 @@ FAMILIES = (
         headers=Headers(),
     ),  # gpt-oss
     Markers(opening=("<|START_THINKING|>",), closing=("<|END_THINKING|>",)),  # Command A
+    Markers(opening=("<mm:think>",), closing=("</mm:think>",)),  # MiniMax M3
     Markers(opening=("<seed:think>",), closing=("</seed:think>",)),
     Markers(opening=("<|inner_prefix|>",), closing=("<|inner_suffix|>",)),  # Apertus
     Markers(opening=("<unused94>thought\n",), closing=("<unused95>",)),  # MedGemma

@@ -1,6 +1,6 @@
 """A grammar that forces a tool call, as the model writes them: for `tool_choice` "required" or a name.
 
-Control tokens are spelt out: llama.cpp's grammars match tokens by their text, special ones included.
+Control tokens are spelt out: the engine's grammars match tokens by their text, special ones included.
 """
 
 import json

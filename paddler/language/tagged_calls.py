@@ -6,7 +6,8 @@ from typing import Any
 
 import attrs
 
-from paddler.language.json_calls import BrokenCall, Call, Tools, arguments_of, check_count
+from paddler.language.json_calls import MAX_DEPTH, BrokenCall, Call, Tools, arguments_of, check_count
+from paddler.language.tool_formats import TAG_MARK
 from paddler.messages.inference import Tool
 from paddler.messages.tokens import ToolCallArguments, ValidJson
 
@@ -66,6 +67,76 @@ def read_argument_tags(text: str, tools: Tools) -> list[Call] | None:
     if text.strip() in tools:
         return [Call(text.strip(), ValidJson({}))]
     return _read_tags(text, tools, _ARGUMENT_TAGS)
+
+
+_TAG = re.compile(r"<(/?)([^<>]+)>")
+_INVOKE = re.compile(r'invoke name="([^"<>]+)"')
+
+
+@attrs.define
+class _Element:
+    """A tag that is open, and what stood in it so far."""
+
+    name: str
+    schema: Any
+    text: str = ""
+    children: list[tuple[str, Any]] = attrs.Factory(list)
+
+    def child_schema(self, name: str) -> Any:
+        schema = self.schema if isinstance(self.schema, dict) else {}
+        if name == "item" and "items" in schema:
+            return schema["items"]
+        properties = schema.get("properties")
+        return properties.get(name) if isinstance(properties, dict) else None
+
+    def value(self) -> Any:
+        types = _types(self.schema, 0)
+        if not self.children:
+            is_text = self.text.strip() or not types & {"array", "object"} or "string" in types
+            return _typed(self.text, self.schema) if is_text else [] if "array" in types else {}
+        if "object" not in types and all(name == "item" for name, _ in self.children):
+            return [value for _, value in self.children]
+        return dict(self.children)
+
+
+def read_nested_tags(text: str, tools: Tools) -> list[Call] | None:
+    """Read `<invoke name="…">` whose arguments are tags of their own name, a mark before each tag."""
+    head, *parts = text.split(TAG_MARK)
+    if not parts or head.strip():
+        return None
+    calls: list[Call] = []
+    opened: list[_Element] = []
+    for part in parts:
+        tag = _TAG.match(part)
+        if tag is None:
+            raise BrokenCall("a mark stands before no tag")
+        rest = part[tag.end() :]
+        if not tag[1]:
+            opened.append(_opened(tag[2], rest, opened[-1] if opened else None, tools))
+            if len(opened) > MAX_DEPTH:
+                raise BrokenCall("nested too deeply")
+            continue
+        expected = "invoke" if len(opened) == 1 else opened[-1].name if opened else None
+        if tag[2] != expected or rest.strip():
+            raise BrokenCall(f"the tag {tag[2][:50]!r} closes nothing, or text follows it")
+        element = opened.pop()
+        if opened:
+            opened[-1].children.append((element.name, element.value()))
+        else:
+            calls.append(Call(element.name, ValidJson(dict(element.children))))
+            check_count(calls)
+    if opened:
+        raise BrokenCall(f"the call of {opened[0].name} has no end")
+    return calls
+
+
+def _opened(tag: str, text: str, parent: _Element | None, tools: Tools) -> _Element:
+    if parent is not None:
+        return _Element(tag, parent.child_schema(tag), text)
+    invoke = _INVOKE.fullmatch(tag)
+    if invoke is None:
+        raise BrokenCall(f"the tag {tag[:50]!r} begins no call")
+    return _Element(invoke[1], {"properties": _parameter_schemas(tools.get(invoke[1]))})
 
 
 def _read_tags(text: str, tools: Tools, tags: _Tags) -> list[Call] | None:

@@ -25,6 +25,8 @@ class Syntax(enum.Enum):
     """`call:name{key:value}` with `<|"|>` for quotes."""
     INVOKE_TAGS = "invoke tags"
     """`<invoke name="name"><parameter name="key">value</parameter></invoke>`."""
+    NESTED_TAGS = "nested tags"
+    """`<invoke name="name"><key>value</key></invoke>`, objects and arrays are tags, too; marks before all."""
     DEEPSEEK = "deepseek"
     """`<｜tool▁call▁begin｜>name<｜tool▁sep｜>{…}<｜tool▁call▁end｜>`, and the older form with a fence."""
     KIMI = "kimi"
@@ -33,6 +35,10 @@ class Syntax(enum.Enum):
     """A header with `to=functions.name`, `<|message|>`, then the arguments."""
     PYTHON = "python"
     """`[name(key=value), …]`, `name.call(key=value)`."""
+
+
+TAG_MARK = "]<]minimax[>["
+"""Stands before each tag of Syntax.NESTED_TAGS; what has it not is text."""
 
 
 @attrs.frozen
@@ -164,6 +170,13 @@ FORMATS = (
             "\n```json\n",
             "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         ),
+    ),
+    ToolFormat(
+        name="minimax m3",  # MiniMaxAI/MiniMax-M3
+        signs=((TAG_MARK,),),
+        syntax=Syntax.NESTED_TAGS,
+        brackets=(Bracket(f"{TAG_MARK}<tool_call>", f"{TAG_MARK}</tool_call>"),),
+        inner=frozenset({TAG_MARK}),
     ),
     ToolFormat(
         name="minimax m2",  # MiniMaxAI/MiniMax-M2

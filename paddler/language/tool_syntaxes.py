@@ -7,9 +7,16 @@ and goes on otherwise. All pass over the text once.
 import re
 from collections.abc import Callable
 
+import attrs
+
 from paddler.language.json_calls import BrokenCall, Call, Tools, arguments_of, check_count, read_json
 from paddler.language.loose_values import LooseReader, NotReadable
-from paddler.language.tagged_calls import read_argument_tags, read_function_tags, read_invoke_tags
+from paddler.language.tagged_calls import (
+    read_argument_tags,
+    read_function_tags,
+    read_invoke_tags,
+    read_nested_tags,
+)
 from paddler.language.tool_formats import Syntax
 from paddler.messages.tokens import ValidJson
 
@@ -40,51 +47,62 @@ def read_name_args(text: str, tools: Tools) -> list[Call] | None:
     return calls or None
 
 
-_KIMI = re.compile(
-    r"\s*<\|tool_call_begin\|>\s*((?:functions\.)?([\w.\-]+?)(?::\d+)?)\s*<\|tool_call_argument_begin\|>"
+@attrs.frozen
+class _Enclosed:
+    """Marks around each call, and a head between the first one and the arguments."""
+
+    begin: str
+    head: re.Pattern[str]
+    """Begins with the first mark; its groups are `name` and, where the model gives one, `id`."""
+    end: str
+    fence: str = ""
+    """May stand behind the arguments."""
+
+
+_KIMI = _Enclosed(
+    begin="<|tool_call_begin|>",
+    head=re.compile(
+        r"\s*<\|tool_call_begin\|>\s*(?P<id>(?:functions\.)?(?P<name>[\w.\-]+?)(?::\d+)?)\s*"
+        r"<\|tool_call_argument_begin\|>"
+    ),
+    end="<|tool_call_end|>",
+)
+_DEEPSEEK = _Enclosed(
+    begin="<｜tool▁call▁begin｜>",
+    head=re.compile(
+        r"\s*<｜tool▁call▁begin｜>\s*(?:function<｜tool▁sep｜>)?(?P<id>)(?P<name>[\w.\-]+)\s*"
+        r"(?:<｜tool▁sep｜>|(?=```))\s*(?:```json\s*)?"
+    ),
+    end="<｜tool▁call▁end｜>",
+    fence="```",
 )
 
 
 def read_kimi(text: str, tools: Tools) -> list[Call] | None:
     """Read Kimi's calls; their ids name the function."""
     del tools
-    if "<|tool_call_begin|>" not in text:
-        return None
-    calls: list[Call] = []
-    at = 0
-    while (head := _KIMI.match(text, at)) is not None:
-        end = text.find("<|tool_call_end|>", head.end())
-        if end < 0:
-            raise BrokenCall(f"the call of {head[2]} has no end")
-        calls.append(Call(head[2], arguments_of(text[head.end() : end]), head[1]))
-        check_count(calls)
-        at = end + len("<|tool_call_end|>")
-    if text[at:].strip():
-        raise BrokenCall(f"no call begins at character {at}")
-    return calls
-
-
-_DEEPSEEK = re.compile(
-    r"\s*<｜tool▁call▁begin｜>\s*(?:function<｜tool▁sep｜>)?([\w.\-]+)\s*"
-    r"(?:<｜tool▁sep｜>|(?=```))\s*(?:```json\s*)?"
-)
+    return _read_enclosed(text, _KIMI)
 
 
 def read_deepseek(text: str, tools: Tools) -> list[Call] | None:
     """Read both forms of DeepSeek: arguments in a fence, or bare behind the separator."""
     del tools
-    if "<｜tool▁call▁begin｜>" not in text:
+    return _read_enclosed(text, _DEEPSEEK)
+
+
+def _read_enclosed(text: str, form: _Enclosed) -> list[Call] | None:
+    if form.begin not in text:
         return None
     calls: list[Call] = []
     at = 0
-    while (head := _DEEPSEEK.match(text, at)) is not None:
-        end = text.find("<｜tool▁call▁end｜>", head.end())
+    while (head := form.head.match(text, at)) is not None:
+        end = text.find(form.end, head.end())
         if end < 0:
-            raise BrokenCall(f"the call of {head[1]} has no end")
-        arguments = text[head.end() : end].strip().removesuffix("```")
-        calls.append(Call(head[1], arguments_of(arguments)))
+            raise BrokenCall(f"the call of {head['name'][:50]!r} has no end")
+        arguments = text[head.end() : end].strip().removesuffix(form.fence)
+        calls.append(Call(head["name"], arguments_of(arguments), head["id"] or None))
         check_count(calls)
-        at = end + len("<｜tool▁call▁end｜>")
+        at = end + len(form.end)
     if text[at:].strip():
         raise BrokenCall(f"no call begins at character {at}")
     return calls
@@ -156,6 +174,7 @@ READERS: dict[Syntax, Reader] = {
     Syntax.NAME_ARGS: read_name_args,
     Syntax.BRACES: read_braces,
     Syntax.INVOKE_TAGS: read_invoke_tags,
+    Syntax.NESTED_TAGS: read_nested_tags,
     Syntax.DEEPSEEK: read_deepseek,
     Syntax.KIMI: read_kimi,
     Syntax.HARMONY: read_harmony,

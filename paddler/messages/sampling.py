@@ -53,7 +53,7 @@ def sampling_objection(sampling: Sampling) -> str | None:
     for name, (lowest, highest) in ranges.items():
         value = getattr(sampling, name)
         if value is not None and not lowest <= value <= highest:
-            return f"`sampling.{name}` must be between {lowest:g} and {highest:g}"
+            return f"`sampling.{name}` must be between {_number(lowest)} and {_number(highest)}"
     if sampling.top_logprobs and not sampling.logprobs:
         return "`sampling.top_logprobs` needs `sampling.logprobs`"
     if len(sampling.stop) > MAX_STOP_STRINGS:
@@ -61,6 +61,10 @@ def sampling_objection(sampling: Sampling) -> str | None:
     if not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in sampling.stop):
         return f"a string of `sampling.stop` is empty or longer than {MAX_STOP_CHARACTERS} characters"
     return _bias_objection(sampling.logit_bias or {})
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _bias_objection(logit_bias: dict[str, float]) -> str | None:

@@ -6,7 +6,7 @@ links are equal. A hash is a hint where to go, never a proof: the engine compare
 """
 
 import marshal
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable
 from typing import Any
 
 import attrs
@@ -33,9 +33,6 @@ _IMAGE_CHARACTERS = 1024
 
 _SAMPLE = 4096
 
-_Piece = tuple[Hashable, int]
-"""What a link adds to the one before, and its characters."""
-
 
 @attrs.frozen(eq=False)
 class Chain:
@@ -56,47 +53,60 @@ def chain_of(request: Request) -> Chain:
     """Return the chain of a request, in one pass over it."""
     match request:
         case ContinueFromRawPrompt(raw_prompt=text):
-            return _link(_blocks(text), seed=0, characters=len(text))
+            return _raw_chain(text)
         case ContinueFromConversationHistory():
             return _conversation_chain(request)
         case GenerateEmbeddingBatch():
             return NO_CHAIN
 
 
+def _raw_chain(text: str) -> Chain:
+    """Link the whole blocks: the next prompt goes on where this one ended, inside a block."""
+    links: list[int] = []
+    link = hash(("chain", "raw"))
+    end = min(len(text), MAX_CHARACTERS, MAX_LINKS * BLOCK_CHARACTERS)
+    for start in range(0, end - BLOCK_CHARACTERS + 1, BLOCK_CHARACTERS):
+        link = hash((link, text[start : start + BLOCK_CHARACTERS]))
+        links.append(link)
+    ends = range(BLOCK_CHARACTERS, len(links) * BLOCK_CHARACTERS + 1, BLOCK_CHARACTERS)
+    return Chain(tuple(links), tuple(ends), len(text))
+
+
 def _conversation_chain(request: ContinueFromConversationHistory) -> Chain:
-    head = _head(request)
-    pieces: list[_Piece] = [(head, len(head))] if head else []
-    pieces += [_message_piece(message) for message in request.conversation_history[:MAX_LINKS]]
-    characters = sum([length for _, length in pieces])
-    return _link(pieces, seed=int(request.enable_thinking), characters=characters)
-
-
-def _link(pieces: Iterable[_Piece], *, seed: int, characters: int) -> Chain:
     links: list[int] = []
     ends: list[int] = []
-    link, end = hash(("chain", seed)), 0
-    for piece, length in pieces:
-        end += length
-        if end > MAX_CHARACTERS or len(links) == MAX_LINKS:
-            break
-        link = hash((link, piece))
+    head = _head(request)
+    link, end = hash(("chain", request.enable_thinking, head)), len(head)
+    if 0 < end <= MAX_CHARACTERS:
         links.append(link)
         ends.append(end)
-    return Chain(tuple(links), tuple(ends), characters)
-
-
-def _blocks(text: str) -> Iterator[_Piece]:
-    """Give the whole blocks of a raw prompt: the next prompt goes on where this one ended, inside a block."""
-    for start in range(0, len(text) - BLOCK_CHARACTERS + 1, BLOCK_CHARACTERS):
-        yield text[start : start + BLOCK_CHARACTERS], BLOCK_CHARACTERS
+    for message in request.conversation_history[: MAX_LINKS - len(links)]:
+        piece: Hashable = message.content
+        # Nearly all messages are texts and no more: this loop is what a thousand of them cost.
+        if (
+            type(piece) is str
+            and message.tool_calls is None
+            and message.reasoning_content is None
+            and message.tool_call_id is None
+        ):
+            end += len(message.role) + len(piece)
+        else:
+            piece, length = _rich_piece(message)
+            end += len(message.role) + length
+        if end <= MAX_CHARACTERS:
+            link = hash((link, message.role, piece, message.name))
+            links.append(link)
+            ends.append(end)
+    return Chain(tuple(links), tuple(ends), end)
 
 
 def _head(request: ContinueFromConversationHistory) -> bytes:
     """Return what templates put in front of the messages; empty when there is nothing."""
-    if not request.tools and not request.documents:
+    offered = request.tools if request.tool_choice != "none" else ()
+    if not offered and not request.documents:
         return b""
     tools = []
-    for tool in request.tools:
+    for tool in offered:
         function = tool.function
         form = function.parameters
         fields = form and (form.type, form.properties, form.required, form.additionalProperties)
@@ -104,19 +114,17 @@ def _head(request: ContinueFromConversationHistory) -> bytes:
     return _bytes((tools, request.documents))
 
 
-def _message_piece(message: ConversationMessage) -> _Piece:
+def _rich_piece(message: ConversationMessage) -> tuple[Hashable, int]:
+    """Return what a message with parts or a history of calls adds to the chain, and its characters."""
     content: Any = message.content
     if isinstance(content, str):
         characters = len(content)
     else:
         content, characters = _parts(content)
-    characters += len(message.role)
-    if message.reasoning_content is None and message.tool_calls is None and message.tool_call_id is None:
-        return (message.role, content, message.name), characters
     calls = [(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()]
     history = (message.reasoning_content, message.tool_call_id, _bytes(calls))
     characters += len(message.reasoning_content or "") + len(history[2])
-    return (message.role, content, message.name, history), characters
+    return (content, history), characters
 
 
 def _parts(content: tuple[ContentPart, ...]) -> tuple[tuple[str, ...], int]:

@@ -12,6 +12,9 @@ conversation is one entry, or two.
 Links are cumulative hashes, so if a link of a chain is known here, all before it are: the longest
 common prefix is found by bisection.
 
+Agents that keep no prefixes report nothing, and of short prompts nothing is held. So of the requests that
+ended without ever being held, only the last MAX_UNREPORTED wait for a report.
+
 What is never true: more links than MAX_LINKS (the requests noted longest ago are forgotten first); a link
 in the index whose request is forgotten.
 """
@@ -25,6 +28,9 @@ from paddler.routing.chains import Chain
 
 MAX_LINKS = 32 * 1024
 """Over all requests of an agent: some 15 MB."""
+
+MAX_UNREPORTED = 256
+"""A report follows the end of a request at once; until it comes, as many end as the agent has slots."""
 
 
 @attrs.define(eq=False)
@@ -61,6 +67,9 @@ class HeldPrefixes:
     def __init__(self) -> None:
         self._noted: dict[int, _Noted] = {}  # in order of their hand-over
         self._index: dict[int, list[_Noted]] = {}  # by link
+        self._last: dict[int, list[_Noted]] = {}  # by their last link
+        self._held: list[_Noted] = []  # of which tokens are reported, in order of their hand-over
+        self._unreported: dict[int, _Noted] = {}  # ended since the last report, and not held before
         self._links = 0
 
     def note(self, number: int, chain: Chain, *, arrival: int) -> None:
@@ -68,14 +77,14 @@ class HeldPrefixes:
         if not chain.links:
             return
         noted = _Noted(number, chain, arrival)
-        for older in self._noted.values():
-            if self._goes_on(chain, older.chain):
+        for link in chain.links:
+            for older in self._last.get(link, ()):
                 older.is_continued = True
                 noted.continues.append(older)
-        self._noted[number] = noted
-        self._links += len(chain.links)
-        for link in chain.links:
             self._index.setdefault(link, []).append(noted)
+        self._noted[number] = noted
+        self._last.setdefault(chain.links[-1], []).append(noted)
+        self._links += len(chain.links)
         while self._links > MAX_LINKS:
             self._forget(next(iter(self._noted.values())))
 
@@ -85,16 +94,22 @@ class HeldPrefixes:
         if noted is not None:
             noted.is_running = False
             self._forget_continued(noted)
+            if not noted.tokens:
+                self._unreported[number] = noted
+                if len(self._unreported) > MAX_UNREPORTED:
+                    self._forget(next(iter(self._unreported.values())))
 
     def report(self, held: Mapping[int, int]) -> None:
         """Take the agent's word for what it holds now: tokens by number."""
+        self._unreported.clear()
         for noted in list(self._noted.values()):
             noted.tokens = held.get(noted.number, 0)
             if noted.prompt_tokens == 0:
                 noted.prompt_tokens = noted.tokens
             if noted.tokens == 0 and not noted.is_running:
                 self._forget(noted)
-        for noted in list(self._noted.values()):
+        self._held = [noted for noted in self._noted.values() if noted.tokens]
+        for noted in list(self._held):
             self._forget_continued(noted)
 
     def saving(self, chain: Chain) -> Saving:
@@ -110,19 +125,15 @@ class HeldPrefixes:
 
     def idle(self) -> int:
         """Return how many slots hold what an ended request left in them, at least."""
-        return sum(self._is_idle(noted) for noted in self._noted.values())
+        return sum(self._is_idle(noted) for noted in self._held)
 
     def oldest_idle(self) -> int:
         """Return the arrival of the request that gives way first, 0 if there is none."""
-        return next((noted.arrival for noted in self._noted.values() if self._is_idle(noted)), 0)
-
-    def _is_idle(self, noted: _Noted) -> bool:
-        return not noted.is_running and not noted.is_continued and noted.tokens > 0
+        return next((noted.arrival for noted in self._held if self._is_idle(noted)), 0)
 
     @staticmethod
-    def _goes_on(chain: Chain, older: Chain) -> bool:
-        length = len(older.links)
-        return length <= len(chain.links) and chain.links[length - 1] == older.links[-1]
+    def _is_idle(noted: _Noted) -> bool:
+        return not noted.is_running and not noted.is_continued
 
     def _forget_continued(self, noted: _Noted) -> None:
         if noted.tokens and not noted.is_running:
@@ -133,14 +144,21 @@ class HeldPrefixes:
 
     def _forget(self, noted: _Noted) -> None:
         del self._noted[noted.number]
+        self._unreported.pop(noted.number, None)
+        if noted.tokens:
+            self._held.remove(noted)
         for older in noted.continues:  # it failed before it was held: theirs are the cells again
             older.is_continued = False
         self._links -= len(noted.chain.links)
         for link in noted.chain.links:
-            others = self._index[link]
-            others.remove(noted)
-            if not others:
-                del self._index[link]
+            _strike(self._index, link, noted)
+        _strike(self._last, noted.chain.links[-1], noted)
+
+
+def _strike(index: dict[int, list[_Noted]], link: int, noted: _Noted) -> None:
+    index[link].remove(noted)
+    if not index[link]:
+        del index[link]
 
 
 def _saving(noted: _Noted, shared: int) -> Saving:

@@ -227,8 +227,7 @@ async def test_pings_are_answered_among_messages_that_go_past_the_library() -> N
             pinging.cancel_scope.cancel()
         done.set()
         with pytest.raises(ConnectionClosed):
-            while True:
-                await websocket.get_message()
+            await read_on(websocket)
 
     async with web_socket_server(balancer) as port, trio.open_nursery() as agent:
         agent.start_soon(connect(Flood(), port))
@@ -236,6 +235,11 @@ async def test_pings_are_answered_among_messages_that_go_past_the_library() -> N
             await done.wait()
         agent.cancel_scope.cancel()
     assert answered > 10
+
+
+async def read_on(websocket: WebSocketConnection) -> None:
+    while True:
+        await websocket.get_message()
 
 
 class ClosingBalancer:

@@ -431,8 +431,8 @@ async def test_an_engine_that_fails_over_a_request_is_told_to_forget_it(
     logged_errors: list[logging.LogRecord],
 ) -> None:
     class HalfDeaf(RecordingEngine):
-        def generate(self, generation: int, *, prompt: str, max_tokens: int) -> None:
-            super().generate(generation, prompt=prompt, max_tokens=max_tokens)
+        def generate(self, generation: int, **command: Any) -> None:
+            super().generate(generation, **command)
             raise LookupError("a bug behind the hand-over")
 
     async with open_house() as house:
@@ -506,6 +506,19 @@ async def test_a_stop_while_a_call_is_checked_ends_with_the_engines_word(autojum
         assert letters(house) == "TED"
 
 
+async def test_a_stop_does_not_wait_for_checks(autojump_clock: MockClock) -> None:
+    async with open_house(delay=10) as house:
+        await house.start(1, with_tools())
+        await trio.sleep(30)
+        house.slots.on_turn([advance(1, CALL), advance(1, CALL)])
+        await wait_all_tasks_blocked()
+        house.slots.stop(1)
+        house.slots.on_turn([advance(1, finish=Finish.STOPPED)])
+        await trio.sleep(1)
+        assert letters(house).replace("T", "") == "EED"
+        assert "ToolCallValidationFailed" in str(house.steps[-1])
+
+
 async def test_an_engine_that_fails_while_a_call_is_checked_ends_the_request_once(
     autojump_clock: MockClock,
 ) -> None:
@@ -548,6 +561,17 @@ async def test_a_required_call_binds_the_answer() -> None:
         assert grammar is not None
         assert "add" in grammar.gbnf
         assert grammar.begins_after == ()
+
+
+async def test_a_required_call_that_no_grammar_can_say_names_the_tool() -> None:
+    parameters = ToolParameters(type="object", properties={"a": {"type": "array", "uniqueItems": True}})
+    odd = attrs.evolve(ADD, function=attrs.evolve(ADD.function, name="odd", parameters=parameters))
+    async with open_house() as house:
+        await house.start(1, attrs.evolve(with_tools(tool_choice="required"), tools=(ADD, odd)))
+        assert house.terminal(1)[1] == {
+            "GrammarSyntaxError": "`tool_choice` requires a call, and no grammar can be made of the "
+            "parameters of tool 'odd': `uniqueItems` is not supported in a grammar"
+        }
 
 
 async def test_a_required_call_may_follow_thinking_that_the_prompt_began() -> None:

@@ -1,6 +1,7 @@
 """One link from its first frame to its end."""
 
 import logging
+from collections.abc import Callable
 
 import attrs
 import pytest
@@ -251,8 +252,9 @@ async def test_a_goodbye_removes_the_agent() -> None:
 async def test_a_failing_send_ends_the_link(nursery: trio.Nursery) -> None:
     services = make_services()
 
-    async def receive() -> str:
-        return await frames.receive()
+    async def read(take: Callable[[str], None]) -> None:
+        async for frame in frames:
+            take(frame)
 
     async def send(_: str) -> None:
         if services.fleet.snapshot().agents:
@@ -262,7 +264,7 @@ async def test_a_failing_send_ends_the_link(nursery: trio.Nursery) -> None:
     agent = ScriptedAgent(send_texts=script, receive_texts=frames, status=agent_status())
     agent.register()
     services.links.push_state(STATE)
-    await services.links.serve_agent("agent-1", receive=receive, send=send)
+    await services.links.serve_agent("agent-1", read=read, send=send)
     assert len(services.fleet) == 0
 
 
@@ -271,12 +273,12 @@ async def test_a_bug_in_one_link_is_logged_and_contained(
 ) -> None:
     services = make_services()
 
-    async def receive() -> str:
+    async def read(_: Callable[[str], None]) -> None:
         raise ZeroDivisionError
 
     async def send(_: str) -> None: ...
 
-    await services.links.serve_agent("agent-1", receive=receive, send=send)
+    await services.links.serve_agent("agent-1", read=read, send=send)
     [record] = logged_errors
     assert "agent-1" in record.getMessage()
 

@@ -1,8 +1,8 @@
-"""Which grammars llama.cpp is given: it would crash, or compute without end, on the others."""
+"""Which grammars are taken: those of llama.cpp, but none that it would crash, or compute without end, on."""
 
 import pytest
 
-from paddler.engine.gbnf import GrammarUnfit, read_gbnf
+from paddler.engine.gbnf import GrammarUnfit, State, holds_any, read_gbnf
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,9 @@ def test_grammars_of_llama_are_taken(grammar: str) -> None:
         ('root ::= "a" | "b"\nx ::= ' + " ".join(["y{0,2000}"] * 30) + '\ny ::= "b"', "50000 places"),
         ('root ::= ((("a"{2000}){2000}){2000}){2000}', "50000 places"),
         ('root ::= "a"' + "?" * 60_000, "something to repeat"),
+        ("root ::= (" + ".|" * 30_000 + ".){2000}", "200000 steps"),
+        ("root ::= (" + "x|" * 30_000 + 'x){2000}\nx ::= "x"', "200000 steps"),
+        ("root ::= [^\\x00-\\U0010FFFF] x", "does not define"),
     ],
 )
 def test_others_are_refused_with_a_reason(grammar: str, reason: str) -> None:
@@ -66,3 +69,34 @@ def test_the_root_may_have_any_name_that_exists() -> None:
     read_gbnf('start ::= "a"', "start")
     with pytest.raises(GrammarUnfit, match="no rule 'st'"):
         read_gbnf('start ::= "a"', "st")
+
+
+@pytest.mark.parametrize(
+    ("written", "inside", "outside"),
+    [
+        ("[a-cx]", "abcx", "d-"),
+        ("[^a-cx]", "d-é\U0010ffff", "abcx"),
+        ("[c-da-c]", "abcd", "e"),
+        ("[z-ax]", "x", "ayz"),
+        ("[^z-ax]", "ayz", "x"),
+        ("[^\\x00-\\U0010FFFF]", "", "a"),
+    ],
+)
+def test_character_classes_hold_what_they_say(written: str, inside: str, outside: str) -> None:
+    [(ranges, _)] = read_gbnf(f'root ::= {written} | ""', "root").characters
+    assert all(holds_any(ranges, ord(letter), ord(letter)) for letter in inside)
+    assert not any(holds_any(ranges, ord(letter), ord(letter)) for letter in outside)
+
+
+def test_a_range_is_held_where_any_of_it_is() -> None:
+    ranges = ((10, 20), (40, 50))
+    assert [holds_any(ranges, low, low + 9) for low in (0, 5, 12, 21, 31, 41, 51)] == [
+        False, True, True, False, True, True, False,
+    ]  # fmt: skip
+
+
+def test_only_the_end_may_follow_where_nothing_else_does() -> None:
+    start = read_gbnf('root ::= "a" "" ("" "") "" | "b" ("")*', "root")
+    [(_, behind_a), (_, behind_b)] = start.characters
+    assert (start.only_ends, behind_a.only_ends, behind_b.only_ends) == (False, True, False)
+    assert State(is_end=True).only_ends

@@ -141,28 +141,60 @@ def test_later_chunks_of_a_turn_get_what_time_is_left(spent: float | None, expec
     assert budget.chunk_limit(company=True, spent=spent) == expected
 
 
+def test_one_decode_that_stalled_gives_the_prompts_no_more_time() -> None:
+    budget = TurnBudget(n_batch=512, seconds_per_token=0.001)
+    budget.decoded(0.01)
+    budget.decoded(30.0)
+    assert budget.chunk_limit(company=True) == 64
+    budget.decoded(0.05)
+    budget.decoded(0.05)
+    assert budget.chunk_limit(company=True) == 192
+
+
+def together(width: DecodeWidth, count: int, *times: float) -> None:
+    for seconds in times:
+        assert not width.is_one_by_one(count)
+        width.decoded(count, seconds, one_by_one=False)
+
+
 def test_one_by_one_is_chosen_when_single_decodes_promise_it_and_looked_at_again() -> None:
     width = DecodeWidth()
     width.decoded(1, 0.002, one_by_one=False)
-    for _ in range(2):
-        assert not width.is_one_by_one(4)
-        width.decoded(4, 0.016, one_by_one=False)
-    for _ in range(256):
+    together(width, 4, 0.001, 0.016, 0.016)
+    for _ in range(512):
         assert width.is_one_by_one(4)
         width.decoded(4, 0.008, one_by_one=True)
-    assert not width.is_one_by_one(4), "the batch is measured again"
-    width.decoded(4, 0.016, one_by_one=False)
-    assert width.is_one_by_one(4)
+    while width.is_one_by_one(4):
+        width.decoded(4, 0.008, one_by_one=True)
+    together(width, 4, 0.001, 0.016, 0.016)
+    assert width.is_one_by_one(4), "the batch was measured again, but not by its first decode"
     assert not width.is_one_by_one(5), "never measured"
+
+
+def test_a_stall_does_not_speak_against_the_batch() -> None:
+    width = DecodeWidth()
+    width.decoded(1, 0.004, one_by_one=False)
+    together(width, 4, 0.006, 1.0, 0.006)
+    assert not width.is_one_by_one(4)
+    together(width, 4, 1.0, 0.006, 0.006)
+    assert not width.is_one_by_one(4)
+
+
+def test_a_batch_that_got_faster_is_used_again() -> None:
+    width = DecodeWidth()
+    width.decoded(1, 0.004, one_by_one=False)
+    together(width, 4, 1.0, 1.0, 1.0)
+    while width.is_one_by_one(4):
+        width.decoded(4, 0.016, one_by_one=True)
+    together(width, 4, 1.0, 0.006, 0.006, 0.006)
 
 
 def test_single_decodes_that_turn_slow_end_one_by_one() -> None:
     width = DecodeWidth()
     width.decoded(1, 0.002, one_by_one=False)
-    for _ in range(2):
-        width.decoded(4, 0.016, one_by_one=False)
+    together(width, 4, 0.016, 0.016, 0.016)
     decodes = 0
     while width.is_one_by_one(4):
         width.decoded(4, 0.040, one_by_one=True)
         decodes += 1
-    assert decodes < 5
+    assert 0 < decodes < 5

@@ -231,10 +231,10 @@ def test_tokens_are_decoded_one_by_one_where_that_is_faster() -> None:
     turns.run()
     turns.run()
     turns.submit(Generate(2, "b", 100))
-    for _ in range(5):
+    for _ in range(6):
         turns.run()
     decodes = [slots for kind, slots, *_ in context.calls if kind == "decode"]
-    assert decodes == [[0], [0], [0, 1], [0, 1], [0], [1], [0], [1]]
+    assert decodes == [[0], [0], [0, 1], [0, 1], [0, 1], [0], [1], [0], [1]]
 
 
 def test_tokens_are_decoded_together_where_that_is_faster() -> None:
@@ -250,15 +250,15 @@ def test_tokens_are_decoded_together_where_that_is_faster() -> None:
 
 
 def test_who_yields_to_one_decoded_before_is_not_decoded() -> None:
-    context = ScriptedContext(pool=13, decode_time=0.01, batch_time=0.05, shared=True)
+    context = ScriptedContext(pool=15, decode_time=0.01, batch_time=0.05, shared=True)
     turns = turns_of(context)
     turns.submit(Generate(1, "a", 100))
     turns.run()
     turns.run()
     turns.submit(Generate(2, "aaaaaa", 100))
-    for _ in range(3):
+    for _ in range(4):
         turns.run()
-    assert told(turns.run()) == {1: ("g", None), 2: ("", Finish.FAILED)}
+    assert told(turns.run()) == {1: ("h", None), 2: ("", Finish.FAILED)}
     assert context.calls[-1] == ("decode", [0])
 
 

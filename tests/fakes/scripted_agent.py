@@ -4,7 +4,7 @@ It answers nothing by itself but, unless told otherwise, registers and gives sig
 """
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -189,15 +189,13 @@ async def connected_agent(
         status=agent_status(slots=slots),
     )
 
-    async def receive() -> str:
-        try:
-            return await receive_from_agent.receive()
-        except trio.EndOfChannel:
-            raise EOFError from None
+    async def read(take: Callable[[str], None]) -> None:
+        async for text in receive_from_agent:
+            take(text)
 
     async def serve() -> None:
         with receive_from_agent, send_to_agent:
-            await links.serve_agent(agent_id, receive=receive, send=send_to_agent.send)
+            await links.serve_agent(agent_id, read=read, send=send_to_agent.send)
         agent.unlinked.set()
 
     async with trio.open_nursery() as connection:

@@ -51,7 +51,7 @@ STATUS = AgentStatus(
     uses_chat_template_override=False,
 )
 
-Receive = Callable[[], Awaitable[str]]
+Read = Callable[[Callable[[str], None]], Awaitable[None]]
 Send = Callable[[str], Awaitable[None]]
 
 
@@ -71,14 +71,17 @@ class FakeLinks:
             raise self.answer
         return self.answer
 
-    async def serve_agent(self, agent_id: str, *, receive: Receive, send: Send) -> None:
+    async def serve_agent(self, agent_id: str, *, read: Read, send: Send) -> None:
         self.served.append(agent_id)
+        send_texts, texts = trio.open_memory_channel[str](100)
         try:
-            while True:
-                text = await receive()
-                if text == '"leave"':
-                    return
-                await send(text)
+            async with trio.open_nursery() as link:
+                link.start_soon(read, send_texts.send_nowait)
+                async for text in texts:
+                    if text == '"leave"':
+                        break
+                    await send(text)
+                link.cancel_scope.cancel()
         finally:
             self.ended.set()
 
@@ -325,7 +328,7 @@ async def test_an_agent_that_leaves_ends_its_link(half: bool) -> None:
 
 async def test_an_agent_that_leaves_amid_a_send_loop_ends_it() -> None:
     class Talkative(FakeLinks):
-        async def serve_agent(self, agent_id: str, *, receive: Receive, send: Send) -> None:
+        async def serve_agent(self, agent_id: str, *, read: Read, send: Send) -> None:
             try:
                 while True:
                     await send("x" * 1000)
@@ -344,7 +347,7 @@ async def test_an_agent_that_leaves_amid_a_send_loop_ends_it() -> None:
 @pytest.mark.parametrize("half", [True, False])
 async def test_an_agent_that_leaves_before_its_upgrade_is_accepted_is_no_error(half: bool) -> None:
     class Greeting(FakeLinks):
-        async def serve_agent(self, agent_id: str, *, receive: Receive, send: Send) -> None:
+        async def serve_agent(self, agent_id: str, *, read: Read, send: Send) -> None:
             try:
                 await send("hello")
             except EOFError:

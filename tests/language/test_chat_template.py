@@ -254,10 +254,10 @@ def test_earlier_reasoning_has_the_name_that_the_template_reads(source: str, exp
     assert render(source, conversation(message)).text == expected
 
 
-def test_whether_to_think_has_both_usual_names() -> None:
-    source = "{{ enable_thinking }} {{ thinking }}"
-    assert render(source, conversation(("user", "Hi"), enable_thinking=True)).text == "True True"
-    assert render(source).text == "False False"
+def test_whether_to_think_has_all_usual_names() -> None:
+    source = "{{ enable_thinking }} {{ thinking }} {{ thinking_mode }}"
+    assert render(source, conversation(("user", "Hi"), enable_thinking=True)).text == "True True enabled"
+    assert render(source).text == "False False disabled"
 
 
 def test_a_template_that_refuses_is_told_from_one_that_fails() -> None:

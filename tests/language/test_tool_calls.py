@@ -95,6 +95,11 @@ def test_arguments_that_are_no_json_are_passed_on_as_written(text: str, written:
         "<function=get_weather><parameter=city>Par",
         "<function=get_weather><parameter=city>Paris</parameter>",
         '<invoke name="x"><parameter',
+        ']<]minimax[>[<invoke name="ping">',
+        ']<]minimax[>[<invoke name="ping">]<]minimax[>[<a>1]<]minimax[>[</b>',
+        ']<]minimax[>[<invoke name="ping">]<]minimax[>[</invoke>and so on',
+        ']<]minimax[>[<invoke name="ping">' + "]<]minimax[>[<a>" * 200,
+        "]<]minimax[>[<city>Paris]<]minimax[>[</city>",
         'call:get_weather{city:<|"|>Par',
         "call:get_weather{city:" + "[" * 50_000,
         "call:get_weather{a:[" + "1," * 50_000 + "]}",
@@ -169,6 +174,8 @@ def test_a_string_parameter_stays_text(value: str) -> None:
         '"' * 1_000_000,
         "```json\n" * 120_000,
         '<invoke name="' * 70_000,
+        "]<]minimax[>[" * 70_000,
+        ']<]minimax[>[<invoke name="a">' * 30_000,
         "<|tool_call_begin|>" * 50_000,
         "<|tool_call_begin|>" + "a" * 1_000_000,
         "<｜tool▁call▁begin｜>" + "a" * 1_000_000,
@@ -183,8 +190,33 @@ def test_no_text_takes_long(text: str) -> None:
     assert time.process_time() - begun < 5
 
 
+NESTED = ']<]minimax[>[<invoke name="ping">]<]minimax[>[<a>'
+
+
+@pytest.mark.parametrize(
+    ("inside", "value"),
+    [
+        ("<a></a>", {"a": ""}),
+        ("<a>1</a>", {"a": 1}),
+        ("<a><b>1</b><c>x</c></a>", {"a": {"b": 1, "c": "x"}}),
+        ("<a><item>1</item><item><b>2</b></item></a>", {"a": [1, {"b": 2}]}),
+    ],
+)
+def test_marked_tags_nest(inside: str, value: object) -> None:
+    text = f'<invoke name="ping">{inside}</invoke>'.replace("<", "]<]minimax[>[<")
+    assert parse(text) == ToolCallParsed((call("ping", value),))
+
+
 @given(st.text(alphabet='{}[]":,<>/=|`ab1 \n\\()', max_size=60))
 def test_any_text_has_an_outcome(text: str) -> None:
     parse(text)
-    for marked in ("<function=", "call:a{", "[TOOL_CALLS]a[ARGS]", "get(", '<invoke name="a">', "a<arg_key>"):
+    for marked in (
+        "<function=",
+        "call:a{",
+        "[TOOL_CALLS]a[ARGS]",
+        "get(",
+        '<invoke name="a">',
+        "a<arg_key>",
+        NESTED,
+    ):
         parse(marked + text)

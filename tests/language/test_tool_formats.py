@@ -24,6 +24,7 @@ from tests.language.tools import ANSWERS
         ("<|tool_call>call:{{ n }}<tool_call|>", "gemma 4"),
         ("<start_of_turn>model", "gemma 3"),
         ("<|channel|>commentary<|message|>{{ a }}<|call|>", "harmony"),
+        ("{% set ns = ']<]minimax[>[' %}{{ ns ~ '<tool_call>' }}", "minimax m3"),
         ("<|tool|>{{ tools }}<|/tool|>", "phi 4"),
         ("respond with <|tool_call|> and a list", "granite 3"),
     ],

@@ -23,7 +23,9 @@ CALL = '<tool_call>{"name": "ping", "arguments": {}}</tool_call>'
 BARE = '{"name": "ping", "arguments": {}}'
 PLAIN = 0
 
-CONTROL = re.compile(r"<[|｜][^<>]*[|｜]>|<\|\"\|>|<\|tool_call>|<tool_call\|>|\[[A-Z_]+\]|｜DSML｜")
+CONTROL = re.compile(
+    r"<[|｜][^<>]*[|｜]>|<\|\"\|>|<\|tool_call>|<tool_call\|>|\[[A-Z_]+\]|｜DSML｜|\]<\]minimax\[>\["
+)
 """What stands for a token of its own in the vocabularies of those models."""
 
 
@@ -155,6 +157,54 @@ fragments = st.lists(
     ),
     max_size=14,
 ).map("".join)  # fmt: skip
+
+
+@st.composite
+def marked_texts(draw: st.DrawFn) -> tuple[ToolFormat | None, Markers | None, str]:
+    """Draw a text of whole and broken marks, for any format beside any family."""
+    tool_format = draw(st.sampled_from([*FORMATS, FALLBACK, None]))
+    markers = draw(st.sampled_from([*FAMILIES, None]))
+    marks = [*markers.opening, *markers.closing] if markers is not None else []
+    if markers is not None and markers.headers is not None:
+        headers = markers.headers
+        marks += [*headers.opening, headers.closing, *headers.ends, *headers.continued]
+    if tool_format is not None:
+        marks += [mark for each in tool_format.brackets for mark in (each.opening, each.closing) if mark]
+        marks += sorted(tool_format.inner)
+    broken = [mark[: len(mark) // 2] for mark in marks]
+    words = [BARE, "{", "[", "}", "]", "```json\n", "```", "x", " ", ";", "\n", "<", "é"]
+    return tool_format, markers, "".join(draw(st.lists(st.sampled_from(marks + broken + words), max_size=10)))
+
+
+@settings(max_examples=300)
+@given(
+    drawn=marked_texts(),
+    cuts=st.lists(st.integers(0, 200), max_size=12),
+    start=st.sampled_from([Section.CONTENT, Section.REASONING]),
+)
+def test_all_formats_beside_all_families_are_classified_alike_however_cut(
+    drawn: tuple[ToolFormat | None, Markers | None, str], cuts: list[int], start: Section
+) -> None:
+    tool_format, markers, text = drawn
+    start = start if markers is not None else Section.UNDETERMINABLE
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(edges)]
+    items, _ = classify(pieces, tool_format=tool_format, markers=markers, start=start)
+    whole, _ = classify([text], tool_format=tool_format, markers=markers, start=start)
+    assert joined(items) == joined(whole)
+
+
+@pytest.mark.parametrize("tool_format", [*FORMATS, FALLBACK, None], ids=lambda each: each and each.name)
+@pytest.mark.parametrize("are_control", [False, True])
+def test_no_mark_of_any_format_or_family_shows(tool_format: ToolFormat | None, *, are_control: bool) -> None:
+    for markers in FAMILIES:
+        marks = [*markers.opening, *markers.closing, *(marks_of(tool_format) if tool_format else [])]
+        control = {mark: number for number, mark in enumerate(marks, 1)} if are_control else {}
+        for first, second in itertools.product(marks, repeat=2):
+            pieces = ["a ", first, " b ", second, " c"]
+            items, _ = classify(pieces, tool_format=tool_format, markers=markers, control=control)
+            for section in (Section.CONTENT, Section.REASONING):
+                assert not any(mark in shown(items, section) for mark in marks), (markers, pieces)
 
 
 @settings(max_examples=300)

@@ -166,6 +166,14 @@ ANSWERS = (
         '<parameter name="days">3</parameter>\n</invoke>\n</minimax:tool_call>',
         {"city": "Oslo", "days": 3},
     ),
+    Answer(
+        "minimax m3",
+        ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="get_weather">]<]minimax[>[<city><b>Oslo</b>'
+        "]<]minimax[>[</city>]<]minimax[>[<days>3]<]minimax[>[</days>]<]minimax[>[<tags>]<]minimax[>[<item>7"
+        "]<]minimax[>[</item>]<]minimax[>[<item>b]<]minimax[>[</item>]<]minimax[>[</tags>]<]minimax[>[</invoke>\n"
+        ']<]minimax[>[<invoke name="ping">]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>',
+        (("get_weather", {"city": "<b>Oslo</b>", "days": 3, "tags": ["7", "b"]}), ("ping", {})),
+    ),
     _one("nemotron nano v2", '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]</TOOLCALL>'),
     _one("lfm2", '<|tool_call_start|>[get_weather(city="Oslo")]<|tool_call_end|>'),
 )

@@ -190,7 +190,10 @@ REFUSED: list[tuple[tuple[Any, Any], str]] = [
     ),
     (
         (AgentFrame, "Bye"),
-        "unknown variant `Bye`, expected one of `Answer`, `Goodbye`, `Heartbeat`, `Held`, `Register`, `Status`",
+        (
+            "unknown variant `Bye`, expected one of `Answer`, `Goodbye`, `Heartbeat`, "
+            "`Held`, `Register`, `Status`"
+        ),
     ),
 ]
 

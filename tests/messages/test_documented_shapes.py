@@ -234,9 +234,7 @@ BOTH_WAYS: list[tuple[Any, Any, Any]] = [
         {
             "Request": {
                 "id": "my-1",
-                "request": {
-                    "ContinueFromRawPrompt": {"max_tokens": 16, "raw_prompt": "Once"}
-                },
+                "request": {"ContinueFromRawPrompt": {"max_tokens": 16, "raw_prompt": "Once"}},
             }
         },
     ),

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddler.messages import agent_socket, embeddings, inference, inference_socket, sampling, snapshots, state, tokens
+from paddler.messages import (
+    agent_socket,
+    embeddings,
+    inference,
+    inference_socket,
+    sampling,
+    snapshots,
+    state,
+    tokens,
+)
 from paddler.messages.agent_socket import AgentFrame, AgentStatus, BalancerFrame
 from paddler.messages.embeddings import EmbeddingResult, EmbeddingTerminal
 from paddler.messages.inference import (

@@ -33,11 +33,11 @@ def test_values_within_their_ranges_are_taken(values: dict[str, Any]) -> None:
     [
         ({"temperature": -0.1}, "`sampling.temperature` must be between 0 and 100"),
         ({"temperature": 1e30}, "`sampling.temperature` must be between 0 and 100"),
-        ({"top_k": -1}, "`sampling.top_k` must be between 0 and 2.14748e+09"),
+        ({"top_k": -1}, "`sampling.top_k` must be between 0 and 2147483647"),
         ({"top_p": 1.1}, "`sampling.top_p` must be between 0 and 1"),
         ({"min_p": -1.0}, "`sampling.min_p` must be between 0 and 1"),
         ({"penalty_repeat": 0.0}, "`sampling.penalty_repeat` must be between 0.01 and 100"),
-        ({"penalty_last_n": -2}, "`sampling.penalty_last_n` must be between -1 and 2.14748e+09"),
+        ({"penalty_last_n": -2}, "`sampling.penalty_last_n` must be between -1 and 2147483647"),
         ({"top_logprobs": 21, "logprobs": True}, "`sampling.top_logprobs` must be between 0 and 20"),
         ({"top_logprobs": 2}, "`sampling.top_logprobs` needs `sampling.logprobs`"),
         ({"stop": ("x",) * 17}, "`sampling.stop` has more than 16 strings"),

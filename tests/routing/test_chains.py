@@ -164,3 +164,11 @@ def test_what_has_no_prefix_to_share_has_no_chain() -> None:
     assert chain_of(batch) is NO_CHAIN
     assert chain_of(raw("short")).links == ()
     assert chain_of(conversation()).links == ()
+
+
+def test_tools_that_the_model_is_not_told_of_make_no_difference() -> None:
+    plain = conversation(message("a"), message("b"))
+    assert chain_of(conversation(message("a"), message("b"), tools=(WEATHER,), tool_choice="none")).links == (
+        chain_of(plain).links
+    )
+    assert shared(conversation(message("a"), tools=(WEATHER,), tool_choice="required"), plain) == 0

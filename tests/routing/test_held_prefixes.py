@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from paddler.routing.chains import NO_CHAIN, Chain
-from paddler.routing.held_prefixes import MAX_LINKS, NO_SAVING, HeldPrefixes, Saving
+from paddler.routing.held_prefixes import MAX_LINKS, MAX_UNREPORTED, NO_SAVING, HeldPrefixes, Saving
 
 
 def chain(messages: str, *, rest: int = 0) -> Chain:
@@ -129,6 +129,27 @@ def test_the_requests_noted_longest_ago_give_way() -> None:
     prefixes.report(dict.fromkeys(range(MAX_LINKS // length + 1), 64))
     assert prefixes.saving(Chain((hash((0, 0)),), (1,), 1)) == NO_SAVING
     assert prefixes.saving(Chain((hash((1, 0)),), (1,), 1)) != NO_SAVING
+
+
+@pytest.mark.parametrize("are_alike", [False, True])
+def test_an_agent_that_reports_nothing_is_not_remembered_without_end(*, are_alike: bool) -> None:
+    prefixes = HeldPrefixes()
+    for number in range(1, MAX_UNREPORTED + 2):
+        prefixes.note(number, chain("a" if are_alike else chr(number)), arrival=number)
+        prefixes.end(number)
+    prefixes.report(dict.fromkeys(range(1, MAX_UNREPORTED + 2), 64))
+    assert prefixes.saving(chain("a" if are_alike else chr(2))) == Saving(64, is_continuation=True)
+    assert are_alike or prefixes.saving(chain(chr(1))) == NO_SAVING
+
+
+def test_what_gives_way_may_have_ended_unreported() -> None:
+    prefixes = HeldPrefixes()
+    links = [tuple(hash((number, link)) for link in range(1024)) for number in range(MAX_LINKS // 1024 + 2)]
+    for number, each in enumerate(links):
+        prefixes.note(number, Chain(each, (1,) * 1024, 1), arrival=number)
+        prefixes.end(number)
+    prefixes.report(dict.fromkeys(range(len(links)), 64))
+    assert [prefixes.saving(Chain(each[:1], (1,), 1)).tokens > 0 for each in links].count(False) == 2
 
 
 def test_a_request_without_a_chain_and_unknown_numbers_leave_no_trace() -> None:
