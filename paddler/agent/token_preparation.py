@@ -130,7 +130,7 @@ async def _required_call(
             if not isinstance(gbnf, str):
                 return _no_grammar_of(tool, gbnf)
             converted[schema] = gbnf
-    grammar = required_call_grammar(serving.tool_format, body.tools, body.tool_choice, converted.__getitem__)
+    grammar = required_call_grammar(tool_format, body.tools, body.tool_choice, converted.__getitem__)
     assert grammar is not None, "admission lets no choice pass that cannot be honoured"
     thinks = section_after(prompt.suffix, serving.markers) is Section.REASONING
     begins_after = serving.markers.closing if thinks and serving.markers is not None else ()

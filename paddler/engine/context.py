@@ -175,7 +175,8 @@ class Context:
         if result == 0:
             c.llama_synchronize(self._handle)
         elif result == 1:  # the batches before the one that failed are there
-            c.llama_memory_seq_rm(self._memory, slot, position, -1)
+            if not self.cut(slot, position):  # a state that cannot go back: what follows would be wrong
+                raise DecodeFailed("an image was decoded by half")
         else:
             raise DecodeFailed(f"decoding an image returned {result}")
         return result == 0

@@ -10,8 +10,9 @@ from typing import Protocol
 
 import attrs
 
-from paddler.engine.embeddings import Batch, Ids, Vector, normalize, to_json
+from paddler.engine.embeddings import Batch, Vector, normalize, to_json
 from paddler.engine.pipe import Embed, Embedded, Finish, Generate
+from paddler.engine.sequences import Ids
 from paddler.engine.turns import PromptReader
 
 _MOST_READ = 256

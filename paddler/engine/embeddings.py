@@ -8,9 +8,9 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from paddler.engine.sequences import Ids
 from paddler.messages.inference import NormalizationMethod, RmsNorm
 
-Ids = npt.NDArray[np.int32]
 Vector = npt.NDArray[np.float32]
 
 

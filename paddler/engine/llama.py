@@ -5,18 +5,17 @@ With context.py, adapters.py and images.py the only importer of llama_cpp. Any t
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import llama_cpp.llama_cpp as c
 import numpy as np
-import numpy.typing as npt
 
 from paddler.engine.layout import ModelShape, Refused
 from paddler.engine.pipe import Log, ModelDescription
+from paddler.engine.sequences import Ids
 
 LogSink = Callable[[Log], None]
-Ids = npt.NDArray[np.int32]
 
 DEBUG, INFO, WARNING, ERROR, CONTINUED = 1, 2, 3, 4, 5
 """llama.cpp's log levels."""
@@ -32,6 +31,9 @@ _ROUTINE = (
 class LlamaLog:
     """Hand llama.cpp's log to `sink` line by line, and remember the first error of an undertaking."""
 
+    _in_use: ClassVar[object] = None
+    """What llama.cpp calls, as long as the process lives: it must outlive its log."""
+
     def __init__(self, sink: LogSink) -> None:
         self._sink = sink
         self._level = INFO
@@ -39,6 +41,7 @@ class LlamaLog:
         self.first_error = ""
         self.callback = c.llama_log_callback(self._take)
         c.llama_log_set(self.callback, ctypes.c_void_p(None))
+        LlamaLog._in_use = self.callback
 
     def _take(self, level: int, text: bytes, _: object) -> None:
         if level != CONTINUED:

@@ -6,7 +6,7 @@ A client that stops reading fills its own outbox and loses its own socket, nothi
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 from quart.wrappers import Websocket
@@ -173,9 +173,15 @@ class SocketClient:
     def take(self, text: str) -> None:
         """Act on one message of the client. What cannot be understood is ignored."""
         try:
-            frame: ClientFrame = wire.decode(text, ClientFrame)  # type: ignore[arg-type]  # a union
+            message = wire.parse_json(text)
         except RemoteProtocolError as reason:
             log.info("ignored a message of a client: %s", reason)
+            return
+        try:
+            frame: ClientFrame = wire.structure(message, ClientFrame)  # type: ignore[arg-type]  # a union
+        except RemoteProtocolError as reason:
+            log.info("a message of a client cannot be understood: %s", reason)
+            self._refuse_misshapen(message, reason)
             return
         match frame:
             case Request(id=request_id):
@@ -205,6 +211,13 @@ class SocketClient:
         disabled = ServerNotification.TOKEN_GENERATION_DISABLED
         enabled = ServerNotification.TOKEN_GENERATION_ENABLED
         self._outbox.put(wire.encode({"Notification": (disabled if embeddings else enabled).value}))
+
+    def _refuse_misshapen(self, message: Any, reason: RemoteProtocolError) -> None:
+        """Tell a client what is wrong with its request, if it is one with an id: it would wait for ever."""
+        match message:
+            case {"Request": {"id": str(request_id)}} if len(request_id) <= MAX_ID_LENGTH:
+                misshapen = StreamError(400, f"Json deserialize error: {reason}")
+                self._outbox.put(wire.encode(error_envelope(request_id=request_id, error=misshapen)))
 
     def _start(self, request_id: str, frame: Request) -> None:
         if len(request_id) > MAX_ID_LENGTH:

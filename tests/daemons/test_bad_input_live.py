@@ -344,20 +344,25 @@ def _is_last(message: Message) -> bool:
 WORDS = ("the slot", "a llama", "Paris", "blue", "seven", "harbour", "velvet", "counts", "token", "cache")
 
 
-def family_of_prompts(dice: random.Random, count: int) -> list[Message]:
-    """Return prompts of which most begin as another does, or as a part of it."""
-    prompts: list[str] = []
+async def ask_a_family(running: Cluster, count: int) -> list[tuple[Message, list[Message]]]:
+    """Ask, one after the other, prompts that mostly go on where another's answer, or a part of it, ended."""
+    dice = random.Random(4)
+    asked: list[tuple[Message, list[Message]]] = []
     for _ in range(count):
-        words = " ".join(dice.choices(WORDS, k=dice.randint(10, 60)))
-        begin = dice.choice(prompts) if prompts and dice.random() < 0.7 else ""
-        if dice.random() < 0.4:
+        begin = ""
+        if asked and dice.random() < 0.8:
+            body, answer = dice.choice(asked)
+            begin = f"{body['raw_prompt']}{text_of(answer)}<|im_end|>\n"
+        if dice.random() < 0.3:
             begin = begin[: dice.randint(0, len(begin))]
-        prompts.append(begin + chat_markup(words))
-    sampling = {"logprobs": True}
-    return [
-        {"raw_prompt": prompt, "max_tokens": dice.choice([1, 4, 16, 32]), "sampling": sampling}
-        for prompt in prompts
-    ]
+        prompt = begin + chat_markup(" ".join(dice.choices(WORDS, k=dice.randint(10, 60))))
+        body = {
+            "raw_prompt": prompt,
+            "max_tokens": dice.choice([1, 4, 60, 90]),
+            "sampling": {"logprobs": True, "ignore_eos": True},
+        }
+        asked.append((body, await running.generate(body)))
+    return asked
 
 
 def chosen(messages: list[Message]) -> list[tuple[str, float]]:
@@ -394,11 +399,9 @@ async def test_answers_in_the_crowd_are_those_of_cold_prompts(
 ) -> None:
     """In the shared layout numbers depend on the place of cells, a little: wrong cells would show plainly."""
     tolerance = 0.0 if changes["kv_layout"] is KvLayout.PER_SLOT else 0.2
-    dice = random.Random(4)
-    prompts = family_of_prompts(dice, 24)
     plain = {"kv_layout": changes["kv_layout"], "prefix_cache": False}
     async with cluster(slots=1, desired=state(), agent_changes=plain) as running:
-        cold = [await running.generate(body) for body in prompts]
+        asked = await ask_a_family(running, 30)
     caplog.clear()
     cached = 0
 
@@ -406,12 +409,12 @@ async def test_answers_in_the_crowd_are_those_of_cold_prompts(
         nonlocal cached
         dice = random.Random(number)
         for _ in range(10):
-            index = dice.randrange(len(prompts))
-            async with running.post(prompts[index]) as response:
+            body, cold = dice.choice(asked)
+            async with running.post(body) as response:
                 messages = await some_messages(response, dice.choice([1, 5, 1000, 1000]))
-            _compare(chosen(messages), chosen(cold[index]), tolerance=tolerance)
+            _compare(chosen(messages), chosen(cold), tolerance=tolerance)
             if _is_last(messages[-1]) and "Done" in result(messages[-1]):
-                assert len(chosen(messages)) == len(chosen(cold[index])) or tolerance
+                assert len(chosen(messages)) == len(chosen(cold)) or tolerance
                 cached += usage_of(messages)["cached_prompt_tokens"]
 
     desired = state(parameters=deterministic(context_size=context_size))

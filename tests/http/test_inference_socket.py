@@ -198,7 +198,7 @@ async def test_invalid_parameters_are_an_error_of_their_id_only(changes: dict[st
         "[" * 100_000,
         '"Request"',
         '{"Request": {"id": 1}}',
-        '{"Request": {"id": "1", "request": {"GenerateEmbeddingBatch": {}}}}',
+        '{"Request": {"request": {}}}',
         '{"Notification": "Unknown"}',
         '{"Notification": {"StopRespondingTo": 5}}',
         '{"Error": {"request_id": "1", "error": {"code": 1, "description": "text"}}}',
@@ -211,6 +211,29 @@ async def test_what_cannot_be_understood_is_ignored(text: str) -> None:
         websocket = await open_socket(client)
         await websocket.send(text)
         await websocket.send_event(BytesMessage(data=text.encode()))
+        await websocket.ask("1")
+        assert result(await websocket.receive()) == {"ContentToken": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (
+            {"ContinueFromRawPrompt": {"max_tokens": 1, "raw_prompt": "a", "sampling": {"topk": 1}}},
+            "unknown field `topk`",
+        ),
+        ({"GenerateEmbeddingBatch": {}}, "unknown variant `GenerateEmbeddingBatch`"),
+    ],
+)
+async def test_a_request_of_a_wrong_shape_is_an_error_of_its_id(request_: Any, words: str) -> None:
+    async with inference_room() as room, await room.connect() as client:
+        websocket = await open_socket(client)
+        await websocket.send({"Request": {"id": "1", "request": request_}})
+        refusal = await websocket.receive()
+        assert refusal["Error"]["request_id"] == "1"
+        error = stream_error(refusal)
+        assert error.code == 400
+        assert words in error.description
         await websocket.ask("1")
         assert result(await websocket.receive()) == {"ContentToken": "Hi"}
 
