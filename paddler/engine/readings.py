@@ -21,8 +21,8 @@ _LARGEST = 20_000
 """Places and steps of one reading: 20 ms for a character."""
 
 _WORK = 1_000_000
-WORK_PER_TOKEN = 20_000
-"""Places and steps that may be looked at for an answer: a second's worth, as much more for each 50 tokens."""
+WORK_PER_TOKEN = 10_000
+"""Places and steps that may be looked at for an answer: some two seconds' worth, and 20 ms more per token."""
 
 _MOST_KEPT = 300_000
 """Places, steps and characters tried of the readings that are kept, about 60 MB; then they are forgotten."""

@@ -3,6 +3,7 @@
 Commands are looked for between turns (poll(0), a microsecond), and waited for when there is nothing to do.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +28,9 @@ from paddler.messages.state import InferenceParameters
 
 _SIGN_OF_LIFE_MS = 1000
 """How often an engine that only tokenises says that it works."""
+
+_OBJECTS_PER_COLLECTION = 20_000
+"""As Python comes (700), collecting takes three quarters of the time in which a large grammar is read."""
 
 
 def serve_generations(
@@ -116,6 +120,9 @@ def serve_embeddings(
 
 def _warm_up(link: ParentLink, context: Context) -> float:
     """Decode for the first time, and return how long it took."""
+    gc.collect()
+    gc.freeze()  # what exists by now stays
+    gc.set_threshold(_OBJECTS_PER_COLLECTION)
     began = time.perf_counter()
     if not context.warm_up():
         link.send(Log(llama.WARNING, "the warm-up decode failed"))

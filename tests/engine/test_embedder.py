@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paddler.engine.embedder import Embedder
-from paddler.engine.embeddings import Ids, Vector
+from paddler.engine.embeddings import Vector
 from paddler.engine.pipe import Embed, Embedded, Finish, Generate
-from paddler.engine.sequences import Prompt
+from paddler.engine.sequences import Ids, Prompt
 
 SLOTS, N_BATCH = 3, 10
 

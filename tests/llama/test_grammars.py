@@ -77,6 +77,8 @@ async def test_the_model_keeps_its_own_words_where_the_grammar_allows_them() -> 
         (GrammarRule("", "root"), "empty"),
         (GrammarRule("root ::= " + "(" * 20_000, "root"), "deeper than 64"),
         (GrammarRule('root ::= ((("a"{2000}){2000}){2000}){2000}', "root"), "50000 places"),
+        (GrammarRule("root ::= (" + ".|" * 30_000 + ".){2000}", "root"), "200000 steps"),
+        (GrammarRule("root ::= (" + ".|" * 30_000 + ".)+", "root"), "too complex"),
     ],
 )
 async def test_an_unfit_grammar_is_refused_and_others_are_not_disturbed(
