@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 import trio
-from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from paddler.config import EngineTimeouts
 from paddler.engine.conversation import Conversation
@@ -20,7 +20,7 @@ class ScriptedChild:
     """What a conversation needs of EngineChild; the other end of `stream` is the test's."""
 
     def __init__(self) -> None:
-        self.stream, self.theirs = memory_stream_pair()
+        self.stream, self.theirs = map(trio.SocketStream, trio.socket.socketpair())
         self.pid = 0
         self.is_killed = False
         self.at_work = True
@@ -32,6 +32,13 @@ class ScriptedChild:
 
     def kill(self) -> None:
         self.is_killed = True
+
+
+@asynccontextmanager
+async def scripted_child() -> AsyncIterator[ScriptedChild]:
+    child = ScriptedChild()
+    async with child.stream, child.theirs:
+        yield child
 
 
 def frame(value: Any) -> bytes:
@@ -55,16 +62,16 @@ TURN = Turn((Advance(1, (5,), "a", None, "", 3, 0),))
     ],
 )
 async def test_an_engine_that_breaks_the_rules_is_killed_and_counts_as_dead(said: bytes, cause: str) -> None:
-    child = ScriptedChild()
-    talk = Conversation(cast("Any", child), EngineTimeouts())
     turns: list[list[Advance]] = []
-    talk.begin_serving({1}, offloaded=False)
-    with pytest.RaisesGroup(pytest.RaisesExc(EngineDied, match=cause)):
-        async with trio.open_nursery() as reading:
-            reading.start_soon(talk.read_turns, turns.append)
-            await child.theirs.send_all(pack(Log(2, "a line of llama.cpp")) + pack(TURN))
-            await wait_all_tasks_blocked()
-            await child.theirs.send_all(said)
+    async with scripted_child() as child:
+        talk = Conversation(cast("Any", child), EngineTimeouts())
+        talk.begin_serving({1}, offloaded=False)
+        with pytest.RaisesGroup(pytest.RaisesExc(EngineDied, match=cause)):
+            async with trio.open_nursery() as reading:
+                reading.start_soon(talk.read_turns, turns.append)
+                await child.theirs.send_all(pack(Log(2, "a line of llama.cpp")) + pack(TURN))
+                await wait_all_tasks_blocked()
+                await child.theirs.send_all(said)
     assert turns == [list(TURN.advances)]
     assert child.is_killed
 
@@ -72,10 +79,9 @@ async def test_an_engine_that_breaks_the_rules_is_killed_and_counts_as_dead(said
 @asynccontextmanager
 async def watched(*, offloaded: bool = False) -> AsyncIterator[ScriptedChild]:
     """Watch a child that has one open generation; the block ends when it counts as failed."""
-    child = ScriptedChild()
-    talk = Conversation(cast("Any", child), EngineTimeouts(step=30, standstill=2))
-    talk.begin_serving({1}, offloaded=offloaded)
-    async with trio.open_nursery() as tasks:
+    async with scripted_child() as child, trio.open_nursery() as tasks:
+        talk = Conversation(cast("Any", child), EngineTimeouts(step=30, standstill=2))
+        talk.begin_serving({1}, offloaded=offloaded)
         tasks.start_soon(talk.watch)
         tasks.start_soon(talk.read_turns, lambda _: None)
         yield child
