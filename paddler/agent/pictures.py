@@ -5,6 +5,7 @@ before anything is decoded, and nothing here opens a file or a connection.
 """
 
 import binascii
+import logging
 import math
 import struct
 import warnings
@@ -25,6 +26,10 @@ MAX_SIDE = 4096
 MAX_SVG_BYTES = 8 * 1024 * 1024
 MAX_SVG_DEPTH = 256
 """resvg overflows its stack at some thousands of nested elements, and Python's writer at one thousand."""
+
+logging.getLogger("PIL").setLevel(
+    logging.CRITICAL
+)  # a broken image is its sender's matter, not the operator's
 
 Image.init()
 FORMATS = tuple(

@@ -212,7 +212,7 @@ Logprobs = tuple[tuple[str, float, tuple[tuple[str, float], ...]], ...]
 
 @attrs.frozen
 class Advance:
-    """What one turn did for one generation; at most one per generation and turn."""
+    """What one turn did for one generation; at most one per generation and turn, in order."""
 
     generation: int
     tokens: tuple[int, ...]
@@ -247,7 +247,7 @@ class Embedded:
 
 @attrs.frozen
 class Turn:
-    """One per turn, carrying all slots; empty when nothing can be told but that the engine works."""
+    """What one turn did for all slots, or several short ones; an empty one is a sign of life."""
 
     advances: tuple[Advance, ...]
 

@@ -44,6 +44,12 @@ class Scheduler:
         unread = all(sequence.prompt is None for sequence in self._running.values())
         return bool(self._running) and unread and not admissible
 
+    @property
+    def only_decodes(self) -> bool:
+        """Say whether all sequences that there are generate."""
+        running = self._running.values()
+        return bool(running) and not self._waiting and all(sequence.generating for sequence in running)
+
     def submit(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
 

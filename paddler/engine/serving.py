@@ -23,6 +23,7 @@ from paddler.engine.pipe import Cancel, Capacity, Embed, Encoding, EngineSetting
 from paddler.engine.prompts import Prompts
 from paddler.engine.samplers import Samplers
 from paddler.engine.scheduler import TurnBudget
+from paddler.engine.turn_sender import TurnSender
 from paddler.engine.turns import Turns
 from paddler.messages.state import InferenceParameters
 
@@ -72,8 +73,12 @@ def serve_generations(
         link.send(Log(llama.WARNING, "the model has sliding windows: no prefixes are kept in memory"))
     capacity = _capacity(model, plan, cells_per_slot=context.room, warm_up_seconds=warm_up_seconds)
     link.send(attrs.evolve(capacity, n_batch=most_image_tokens))
+    sender = TurnSender(link.send, clock=time.perf_counter)
     while True:
-        for command in link.receive(_patience_ms(turns)):
+        commands = link.receive(_patience_ms(turns))
+        if commands:
+            sender.flush()  # a prompt may take its time
+        for command in commands:
             match command:
                 case Generate():
                     turns.submit(command)
@@ -81,9 +86,10 @@ def serve_generations(
                     turns.cancel(command.generation)
                 case _:
                     raise AssertionError(command)
-        link.send(Turn(turns.run()))
+        sender.take(turns.run(), only_decodes=turns.only_decodes)
         held = turns.held()
         if held is not None:
+            sender.flush()
             link.send(held)
 
 

@@ -99,6 +99,11 @@ class Turns:
         """Say whether nothing can be done before a prompt is tokenised."""
         return self._scheduler.reading
 
+    @property
+    def only_decodes(self) -> bool:
+        """Say whether the next turn has nothing to do but to decode one token each."""
+        return self._scheduler.only_decodes
+
     def submit(self, command: Generate) -> None:
         self._commands[command.generation] = command
         stop = command.sampler.stop if command.sampler is not None else ()

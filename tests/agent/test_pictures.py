@@ -207,6 +207,14 @@ def test_a_url_that_is_no_data_uri_in_base64_is_refused(url: str, problem: str) 
     assert problem in refusal(url)
 
 
+def test_what_pillow_thinks_of_an_image_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    samples_per_pixel = struct.pack("<HHI", 277, 3, 1)
+    tiff = encoded(Image.new("RGB", (8, 8), RED), "TIFF")
+    assert samples_per_pixel in tiff
+    refusal(data_uri(tiff.replace(samples_per_pixel + b"\3", samples_per_pixel + b"\x59")))
+    assert not caplog.records
+
+
 @given(data=st.binary(max_size=300), format_=st.sampled_from(["PNG", "GIF", "BMP", "TIFF", "WEBP", "ICO"]))
 def test_noise_in_a_file_is_a_picture_or_a_refusal(data: bytes, format_: str) -> None:
     valid = bytearray(encoded(Image.new("RGB", (8, 8), RED), format_))

@@ -1,0 +1,43 @@
+"""When the parent is told what turns did: at once, or a few short turns later.
+
+A frame wakes agent and balancer, and where they share the processor with the engine that costs about a
+tenth of a millisecond each. So turns that only decode are told together for as long as nobody notices.
+"""
+
+from collections.abc import Callable, Iterable
+
+from paddler.engine.pipe import Advance, Turn
+
+LONGEST_HOLD = 0.008
+"""Tokens are held back for this long, and for the decode that is under way then. A hundred updates a second
+look like one stream, and models with longer turns never wait."""
+
+
+class TurnSender:
+    """Sends what turns did; `send` takes the frame."""
+
+    def __init__(self, send: Callable[[Turn], object], *, clock: Callable[[], float]) -> None:
+        self._send = send
+        self._clock = clock
+        self._advances: list[Advance] = []
+        self._sent = clock()
+        self._only_decoded = False
+
+    def take(self, advances: Iterable[Advance], *, only_decodes: bool) -> None:
+        """Send a turn, or keep it if it, the last one and the next one `only_decodes` and nothing ended.
+
+        First tokens, ends, and whatever stands before a prompt that takes its time go at once.
+        """
+        self._advances += advances
+        is_steady = only_decodes and self._only_decoded
+        self._only_decoded = only_decodes
+        has_ended = any(advance.finish is not None for advance in self._advances)
+        if has_ended or not is_steady or self._clock() - self._sent >= LONGEST_HOLD:
+            self.flush(even_empty=True)
+
+    def flush(self, *, even_empty: bool = False) -> None:
+        """Send what is kept; an empty frame says that the engine works."""
+        if self._advances or even_empty:
+            self._send(Turn(tuple(self._advances)))
+            self._advances.clear()
+            self._sent = self._clock()

@@ -1,0 +1,69 @@
+"""Tokens of short turns travel together; what begins or ends does not wait."""
+
+import attrs
+
+from paddler.engine.pipe import Advance, Finish, Turn
+from paddler.engine.turn_sender import LONGEST_HOLD, TurnSender
+
+
+@attrs.define
+class Told:
+    now: float = 0.0
+    frames: list[list[int]] = attrs.Factory(list)
+
+    def send(self, turn: Turn) -> None:
+        self.frames.append([advance.tokens[0] for advance in turn.advances])
+
+
+def token(number: int, finish: Finish | None = None) -> Advance:
+    return Advance(1, (number,), "a", finish, "", 1, 0)
+
+
+def sender_of(told: Told) -> TurnSender:
+    return TurnSender(told.send, clock=lambda: told.now)
+
+
+def test_the_first_token_goes_at_once_and_later_ones_together() -> None:
+    told = Told()
+    sender = sender_of(told)
+    for number in range(10):
+        told.now += LONGEST_HOLD / 4
+        sender.take([token(number)], only_decodes=True)
+    assert told.frames == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_an_end_takes_what_was_kept_with_it() -> None:
+    told = Told()
+    sender = sender_of(told)
+    for number in range(3):
+        sender.take([token(number)], only_decodes=True)
+    sender.take([token(3, Finish.END)], only_decodes=False)
+    assert told.frames == [[0], [1, 2, 3]]
+
+
+def test_nothing_waits_for_a_prompt() -> None:
+    told = Told()
+    sender = sender_of(told)
+    sender.take([token(0)], only_decodes=True)
+    sender.take([token(1)], only_decodes=True)
+    sender.flush()
+    sender.take([token(2)], only_decodes=False)
+    sender.take([token(3)], only_decodes=True)
+    assert told.frames == [[0], [1], [2], [3]]
+
+
+def test_long_turns_are_told_one_by_one() -> None:
+    told = Told()
+    sender = sender_of(told)
+    for number in range(3):
+        told.now += LONGEST_HOLD
+        sender.take([token(number)], only_decodes=True)
+    assert told.frames == [[0], [1], [2]]
+
+
+def test_a_turn_without_tokens_is_a_sign_of_life() -> None:
+    told = Told()
+    sender = sender_of(told)
+    sender.take([], only_decodes=False)
+    sender.flush()
+    assert told.frames == [[]]
