@@ -16,6 +16,7 @@ still forwarded to gets its terminal there. All moves are plain calls.
 
 import logging
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import attrs
@@ -38,8 +39,11 @@ log = logging.getLogger(__name__)
 class Reply(Protocol):
     """Where the messages of one request go. Plain calls that never block and never raise."""
 
-    def piece(self, agent_name: str | None, letter: str, text: str) -> None:
-        """Take one piece: a letter of messages/agent_socket.py, C R T U E D, or V F, and its JSON."""
+    def piece(self, agent_name: str | None, letter: str, text: str, *, more: bool = False) -> None:
+        """Take one piece: a letter of messages/agent_socket.py, C R T U E D, or V F, and its JSON.
+
+        With `more` the next one follows within this step, and both may travel together.
+        """
 
     def error(self, error: StreamError) -> None:
         """Take the error that ends the request."""
@@ -110,7 +114,9 @@ class RunningRequests:
         """
         now = trio.current_time()
         name = self._agent.name
-        for number, letter, text in decode_step(frame):
+        pieces = decode_step(frame)
+        followers = [number for number, _, _ in pieces[1:]]
+        for (number, letter, text), follower in zip_longest(pieces, followers):
             running = self._running.get(number)
             if running is None:
                 if not 0 < number <= self._given:
@@ -120,7 +126,7 @@ class RunningRequests:
             if letter in TERMINAL_LETTERS:
                 self._end(running, letter, text)
             elif not running.draining:
-                running.reply.piece(name, letter, text)
+                running.reply.piece(name, letter, text, more=follower == number)
 
     def leave(self, running: RunningRequest) -> None:
         """Take a request from *forwarding* to *draining*, or to *over* if the agent has not got all of it."""

@@ -107,6 +107,10 @@ class Context:
         if c.llama_set_adapters_lora(self._handle, handles, len(adapters), scales) != 0:
             raise Refused("llama.cpp cannot use the adapters")
 
+    def use_threads(self, count: int) -> None:
+        """Compute with so many threads from now on."""
+        c.llama_set_n_threads(self._handle, count, count)
+
     def warm_up(self) -> bool:
         """Decode one token, so that the first request finds the buffers touched; false if that failed."""
         self._batch.fill_chunk(np.zeros(1, np.int32), 0, 0, want_logits=True)

@@ -23,6 +23,7 @@ from paddler.engine.pipe import Cancel, Capacity, Embed, Encoding, EngineSetting
 from paddler.engine.prompts import Prompts
 from paddler.engine.samplers import Samplers
 from paddler.engine.scheduler import TurnBudget
+from paddler.engine.thread_count import ThreadCount, ThreadTimesReader
 from paddler.engine.turn_sender import TurnSender
 from paddler.engine.turns import Turns
 from paddler.messages.state import InferenceParameters
@@ -74,6 +75,7 @@ def serve_generations(
     capacity = _capacity(model, plan, cells_per_slot=context.room, warm_up_seconds=warm_up_seconds)
     link.send(attrs.evolve(capacity, n_batch=most_image_tokens))
     sender = TurnSender(link.send, clock=time.perf_counter)
+    threads = _thread_count(link, context, settings)
     while True:
         commands = link.receive(_patience_ms(turns))
         if commands:
@@ -91,6 +93,7 @@ def serve_generations(
         if held is not None:
             sender.flush()
             link.send(held)
+        threads.turn_ended()
 
 
 def serve_embeddings(
@@ -98,10 +101,11 @@ def serve_embeddings(
     model: llama.Model,
     context: Context,
     plan: ContextPlan,
-    parameters: InferenceParameters,
+    settings: EngineSettings,
 ) -> NoReturn:
     """Do the same for embeddings."""
     warm_up_seconds = _warm_up(link, context)
+    parameters = settings.parameters
     n_batch = max(min(parameters.n_batch, context.room), 1)  # without what the plan added for llama.cpp
     embedder = Embedder(
         context,
@@ -110,6 +114,7 @@ def serve_embeddings(
         prompts=Prompts(partial(llama.tokenize_document, model), wake=_waker(link)),
     )
     link.send(_capacity(model, plan, cells_per_slot=n_batch, warm_up_seconds=warm_up_seconds))
+    threads = _thread_count(link, context, settings)
     while True:
         for command in link.receive(_patience_ms(embedder)):
             match command:
@@ -122,6 +127,7 @@ def serve_embeddings(
         for embedded in embedder.run():
             link.send(embedded)
         link.send(Turn(()))
+        threads.turn_ended()
 
 
 def _warm_up(link: ParentLink, context: Context) -> float:
@@ -133,6 +139,16 @@ def _warm_up(link: ParentLink, context: Context) -> float:
     if not context.warm_up():
         link.send(Log(llama.WARNING, "the warm-up decode failed"))
     return time.perf_counter() - began
+
+
+def _thread_count(link: ParentLink, context: Context, settings: EngineSettings) -> ThreadCount:
+    return ThreadCount(
+        max(settings.threads, 1),
+        use=context.use_threads,
+        look=ThreadTimesReader(),
+        report=lambda line: link.send(Log(llama.WARNING, line)),
+        clock=time.perf_counter,
+    )
 
 
 def _capacity(

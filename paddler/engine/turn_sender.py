@@ -1,16 +1,15 @@
 """When the parent is told what turns did: at once, or a few short turns later.
 
-A frame wakes agent and balancer, and where they share the processor with the engine that costs about a
-tenth of a millisecond each. So turns that only decode are told together for as long as nobody notices.
+A frame wakes agent, balancer and client, and where they share the processor with the engine that costs some
+tenths of a millisecond each time. So turns that only decode are told together for as long as nobody notices.
 """
 
 from collections.abc import Callable, Iterable
 
 from paddler.engine.pipe import Advance, Turn
 
-LONGEST_HOLD = 0.008
-"""Tokens are held back for this long, and for the decode that is under way then. A hundred updates a second
-look like one stream, and models with longer turns never wait."""
+LONGEST_HOLD = 0.016
+"""Frames of short turns are no further apart: a screen shows no more than sixty a second."""
 
 
 class TurnSender:
@@ -20,19 +19,23 @@ class TurnSender:
         self._send = send
         self._clock = clock
         self._advances: list[Advance] = []
-        self._sent = clock()
+        self._sent = self._taken = clock()
         self._only_decoded = False
 
     def take(self, advances: Iterable[Advance], *, only_decodes: bool) -> None:
         """Send a turn, or keep it if it, the last one and the next one `only_decodes` and nothing ended.
 
-        First tokens, ends, and whatever stands before a prompt that takes its time go at once.
+        First tokens, ends, and whatever stands before a prompt that takes its time go at once; so does what
+        would be late with the next turn, should that take as long as this one.
         """
         self._advances += advances
         is_steady = only_decodes and self._only_decoded
         self._only_decoded = only_decodes
+        now = self._clock()
+        next_end = now + (now - self._taken)
+        self._taken = now
         has_ended = any(advance.finish is not None for advance in self._advances)
-        if has_ended or not is_steady or self._clock() - self._sent >= LONGEST_HOLD:
+        if has_ended or not is_steady or next_end - self._sent > LONGEST_HOLD:
             self.flush(even_empty=True)
 
     def flush(self, *, even_empty: bool = False) -> None:

@@ -65,7 +65,7 @@ def run(connection: socket.socket) -> NoReturn:
         link.send(ContextRefused(str(refusal)))
         _wait_for_the_end(link)
     if settings.parameters.enable_embeddings:
-        serve_embeddings(link, model, context, plan, settings.parameters)
+        serve_embeddings(link, model, context, plan, settings)
     samplers = Samplers(model, description, settings.parameters)
     serve_generations(link, model, context, plan, settings, projection, samplers)
 

@@ -25,7 +25,14 @@ class ChunkReply:
     stream: TokenReply
     envelope: Envelope
 
-    def piece(self, agent_name: str | None, letter: str, text: str) -> None:
+    def piece(
+        self,
+        agent_name: str | None,
+        letter: str,
+        text: str,
+        *,
+        more: bool = False,  # noqa: ARG002  documents are few
+    ) -> None:
         if letter != "F" or text != DONE:
             self.stream.feed(self.envelope.message(agent_name, letter, text))
 

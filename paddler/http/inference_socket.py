@@ -271,7 +271,14 @@ class SocketReply:
         self._on_end = on_end
         self._ended = False
 
-    def piece(self, agent_name: str | None, letter: str, text: str) -> None:
+    def piece(
+        self,
+        agent_name: str | None,
+        letter: str,
+        text: str,
+        *,
+        more: bool = False,  # noqa: ARG002  the outbox sends all that it has
+    ) -> None:
         if self._ended:
             return
         self._outbox.put(self._envelope.message(agent_name, letter, text))

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 UNSENT_LIMIT_BYTES: Final = 1024 * 1024
 """A client that leaves more than this unread is too slow: its reply ends, alone."""
 
+LARGEST_HELD_BYTES: Final = 16 * 1024
+
 KEEP_ALIVE_PERIOD: Final = 4.0
 """Stock clients give up a stream that is silent for 5 s."""
 
@@ -134,6 +136,7 @@ class TokenReply(_Body):
         self._unsent_limit_bytes = unsent_limit_bytes
         self._chunked = request.http_version == "1.1"
         self._envelope = Envelope(request_id)
+        self._held = b""
         self._pending: list[bytes] = []
         self._unsent = 0
         self._parked = False
@@ -144,19 +147,27 @@ class TokenReply(_Body):
 
     # Reply: plain calls of the relay
 
-    def piece(self, agent_name: str | None, letter: str, text: str) -> None:
-        self.feed(self._envelope.message(agent_name, letter, text))
+    def piece(self, agent_name: str | None, letter: str, text: str, *, more: bool = False) -> None:
+        self.feed(self._envelope.message(agent_name, letter, text), more=more)
 
     def error(self, error: StreamError) -> None:
         self.feed(self._envelope.error(error))
 
-    def feed(self, message: str) -> None:
-        """Take a finished message. A plain call; over the limit, the connection is ended instead."""
+    def feed(self, message: str, *, more: bool = False) -> None:
+        """Take a finished message. A plain call; over the limit, the connection is ended instead.
+
+        It is written with the next one if there is `more`: each write wakes the client.
+        """
         if self._failed:
             return
         data = message.encode() + b"\n"
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
+        data = self._held + data
+        self._held = b""
+        if more and len(data) < LARGEST_HELD_BYTES:
+            self._held = data
+            return
         if self._parked:
             try:
                 sent = os.write(self._connection.stream.socket.fileno(), data)

@@ -54,12 +54,14 @@ class RecordingReply:
     """Keeps what reached it, and insists that nothing follows the terminal."""
 
     pieces: list[tuple[str | None, str, str]] = attrs.field(factory=list)
+    writes: int = 0
     errors: list[StreamError] = attrs.field(factory=list)
     ended: trio.Event = attrs.field(factory=trio.Event)
 
-    def piece(self, agent_name: str | None, letter: str, text: str) -> None:
+    def piece(self, agent_name: str | None, letter: str, text: str, *, more: bool = False) -> None:
         assert not self.ended.is_set(), "a piece after the terminal"
         self.pieces.append((agent_name, letter, text))
+        self.writes += not more
         if letter in "DF":
             self.ended.set()
 

@@ -77,6 +77,25 @@ async def test_pieces_reach_the_reply_and_the_terminal_frees_the_slot(nursery: t
         assert services.slots() == (0, 1)
 
 
+async def test_pieces_that_came_together_travel_together(nursery: trio.Nursery) -> None:
+    services = make_services()
+    async with connected_agent(services.links, slots=2) as agent:
+        clients = [await start(nursery, services), await start(nursery, services)]
+        first, second = (await agent.next_request()).request, (await agent.next_request()).request
+        agent.step(
+            (first, "C", '"a"'),
+            (first, "C", '"b"'),
+            (second, "C", '"c"'),
+            (first, "C", '"d"'),
+            (first, "D", "{}"),
+        )
+        agent.done(second)
+        for client in clients:
+            await client.gone.wait()
+        assert [client.reply.letters for client in clients] == ["CCCD", "CD"]
+        assert [client.reply.writes for client in clients] == [2, 2]
+
+
 async def test_an_agents_error_becomes_the_replys_error(nursery: trio.Nursery) -> None:
     services = make_services()
     async with connected_agent(services.links) as agent:

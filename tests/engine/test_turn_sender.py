@@ -27,7 +27,7 @@ def test_the_first_token_goes_at_once_and_later_ones_together() -> None:
     told = Told()
     sender = sender_of(told)
     for number in range(10):
-        told.now += LONGEST_HOLD / 4
+        told.now += LONGEST_HOLD / 4.5
         sender.take([token(number)], only_decodes=True)
     assert told.frames == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
 
@@ -52,11 +52,11 @@ def test_nothing_waits_for_a_prompt() -> None:
     assert told.frames == [[0], [1], [2], [3]]
 
 
-def test_long_turns_are_told_one_by_one() -> None:
+def test_turns_of_which_only_one_fits_are_told_one_by_one() -> None:
     told = Told()
     sender = sender_of(told)
     for number in range(3):
-        told.now += LONGEST_HOLD
+        told.now += 0.6 * LONGEST_HOLD
         sender.take([token(number)], only_decodes=True)
     assert told.frames == [[0], [1], [2]]
 

@@ -70,7 +70,7 @@ async def test_slow_readers_get_every_byte_in_order(version: str) -> None:
 
     async def script(request: TokenRequest, reply: Reply) -> None:
         for number in range(tokens):
-            reply.piece("a", "C", f'"{number} {"x" * (number % 97)}"')
+            reply.piece("a", "C", f'"{number} {"x" * (number % 97)}"', more=number % 3 == 0)
             if number % (1 + request.max_tokens) == 0:
                 await trio.lowlevel.checkpoint()
         reply.piece("a", "D", DONE)

@@ -1,0 +1,151 @@
+"""A thread is given up where others take its processor, and taken back when they are done."""
+
+import threading
+import time
+
+import attrs
+
+from paddler.engine.thread_count import (
+    CROWDED_LOOKS,
+    FIRST_PATIENCE,
+    LONGEST_PATIENCE,
+    LOOK_INTERVAL,
+    ThreadCount,
+    ThreadTimes,
+    ThreadTimesReader,
+    is_counted,
+)
+
+
+@attrs.define
+class Host:
+    """Cores for the threads of an engine and for others; nobody is favoured."""
+
+    cores: int = 2
+    others: float = 0.0
+    busy: float = 1.0
+    count: int = 2
+    is_blind: bool = False
+    now: float = 100.0
+    looks: int = 0
+    used: list[int] = attrs.Factory(list)
+    reports: list[str] = attrs.Factory(list)
+
+    def use(self, count: int) -> None:
+        self.count = count
+        self.used.append(count)
+
+    def look(self) -> ThreadTimes | None:
+        self.looks += 1
+        wanted = self.count * LOOK_INTERVAL * self.busy
+        share = max(self.count + self.others - self.cores, 0) / self.count
+        return None if self.is_blind else ThreadTimes(wanted * (1 - share / 2), wanted * share / 2)
+
+    def thread_count(self) -> ThreadCount:
+        return ThreadCount(
+            self.count, use=self.use, look=self.look, report=self.reports.append, clock=lambda: self.now
+        )
+
+    def run(self, threads: ThreadCount, *, seconds: float) -> None:
+        """Do turns of a look's length."""
+        for _ in range(round(seconds / LOOK_INTERVAL)):
+            self.now += LOOK_INTERVAL
+            threads.turn_ended()
+
+
+def test_a_quiet_host_serves_all_threads() -> None:
+    host = Host(others=0.2)
+    host.run(host.thread_count(), seconds=60)
+    assert host.used == []
+    assert host.reports == []
+
+
+def test_a_thread_is_given_up_after_a_second_and_taken_back_when_there_is_room() -> None:
+    host = Host(others=1)
+    threads = host.thread_count()
+    host.run(threads, seconds=LOOK_INTERVAL * (CROWDED_LOOKS - 1))
+    assert host.used == []
+    host.run(threads, seconds=LOOK_INTERVAL)
+    assert host.used == [1]
+    assert "fewer than 2 threads" in host.reports[0]
+    host.others = 0
+    host.run(threads, seconds=FIRST_PATIENCE + LOOK_INTERVAL)
+    assert host.used == [1, 2]
+    assert "all of its 2 threads" in host.reports[1]
+
+
+def test_of_many_threads_as_many_are_given_up_as_others_need() -> None:
+    host = Host(cores=8, count=8, others=3)
+    threads = host.thread_count()
+    host.run(threads, seconds=4)
+    assert host.used == [7, 6, 5]
+    host.others = 0
+    host.run(threads, seconds=FIRST_PATIENCE + 1)
+    assert host.used == [7, 6, 5, 6, 7, 8]
+    assert len(host.reports) == 2
+
+
+def test_the_last_thread_stays() -> None:
+    host = Host(cores=1, others=3)
+    host.run(host.thread_count(), seconds=4)
+    assert host.count == 1
+
+
+def test_trials_get_rarer_and_are_not_reported() -> None:
+    host = Host(others=1)
+    host.run(host.thread_count(), seconds=4 * LONGEST_PATIENCE)
+    trials = host.used.count(2)
+    assert 7 <= trials <= 10  # after 5, 10, 20, … 320 seconds each
+    assert len(host.reports) == 1
+
+
+def test_a_short_crowd_does_not_count() -> None:
+    host = Host()
+    threads = host.thread_count()
+    for _ in range(20):
+        host.others = 1
+        host.run(threads, seconds=LOOK_INTERVAL * (CROWDED_LOOKS - 1))
+        host.others = 0
+        host.run(threads, seconds=LOOK_INTERVAL)
+    assert host.used == []
+
+
+def test_what_an_idle_engine_waits_for_does_not_count() -> None:
+    host = Host(others=1, busy=0.1)
+    host.run(host.thread_count(), seconds=60)
+    assert host.used == []
+
+
+def test_a_host_that_tells_nothing_is_let_alone() -> None:
+    host = Host(others=1, is_blind=True)
+    host.run(host.thread_count(), seconds=60)
+    assert host.used == []
+
+
+def test_one_thread_needs_no_looks() -> None:
+    host = Host(others=1, count=1)
+    host.run(host.thread_count(), seconds=60)
+    assert host.looks == 0
+
+
+def test_the_kernel_counts_what_threads_do() -> None:
+    if not is_counted():
+        assert ThreadTimesReader()() is None
+        return
+    read = ThreadTimesReader()
+    read()
+    worker = threading.Thread(target=_work)
+    worker.start()
+    worker.join(0.05)
+    times = read()
+    assert times is not None
+    worker.join()
+    assert times.ran > 0
+    assert times.waited >= 0
+    assert read() is not None
+
+
+def _work() -> None:
+    began = time.thread_time()
+    while time.thread_time() - began < 0.2:
+        pass
