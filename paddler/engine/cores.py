@@ -16,9 +16,12 @@ def engine_threads(*, shared_host: bool) -> int:
     One less where a balancer works on the same host: a foreign process on an engine's core slows every
     step of it down. More threads than cores do worse than fewer.
     """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    quotas = own_limits("cpu.max", v1=None)
-    return threads_for([_siblings(cpu) for cpu in allowed], quotas, shared_host=shared_host)
+    return threads_for(map(_siblings, _allowed()), _quotas(), shared_host=shared_host)
+
+
+def processors() -> int:
+    """Return how many threads of this process can run at a time; siblings of a physical core count each."""
+    return threads_for(map(str, _allowed()), _quotas(), shared_host=False)
 
 
 def threads_for(siblings: Iterable[str], quotas: Iterable[str], *, shared_host: bool) -> int:
@@ -32,6 +35,14 @@ def threads_for(siblings: Iterable[str], quotas: Iterable[str], *, shared_host: 
         if quota != "max":
             cores = min(cores, int(quota) / int(period))
     return max(math.ceil(cores) - shared_host, 1)
+
+
+def _allowed() -> Iterable[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _quotas() -> list[str]:
+    return own_limits("cpu.max", v1=None)
 
 
 def _siblings(cpu: int) -> str:

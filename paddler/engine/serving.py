@@ -15,6 +15,7 @@ import attrs
 from paddler.engine import llama
 from paddler.engine.cells import Cells
 from paddler.engine.context import Context
+from paddler.engine.cores import processors
 from paddler.engine.embedder import Embedder
 from paddler.engine.images import ImageCells, Projection
 from paddler.engine.layout import ContextPlan
@@ -24,7 +25,7 @@ from paddler.engine.prompts import Prompts
 from paddler.engine.samplers import Samplers
 from paddler.engine.scheduler import TurnBudget
 from paddler.engine.thread_count import ThreadCount, ThreadTimesReader
-from paddler.engine.turn_sender import TurnSender
+from paddler.engine.turn_sender import HOLD, HOLD_WITHOUT_SPARE_CORE, TurnSender
 from paddler.engine.turns import Turns
 from paddler.messages.state import InferenceParameters
 
@@ -74,7 +75,11 @@ def serve_generations(
         link.send(Log(llama.WARNING, "the model has sliding windows: no prefixes are kept in memory"))
     capacity = _capacity(model, plan, cells_per_slot=context.room, warm_up_seconds=warm_up_seconds)
     link.send(attrs.evolve(capacity, n_batch=most_image_tokens))
-    sender = TurnSender(link.send, clock=time.perf_counter)
+    sender = TurnSender(
+        link.send,
+        longest_hold=HOLD if settings.threads < processors() else HOLD_WITHOUT_SPARE_CORE,
+        clock=time.perf_counter,
+    )
     threads = _thread_count(link, context, settings)
     while True:
         commands = link.receive(_patience_ms(turns))

@@ -8,15 +8,21 @@ from collections.abc import Callable, Iterable
 
 from paddler.engine.pipe import Advance, Turn
 
-LONGEST_HOLD = 0.016
+HOLD = 0.016
 """Frames of short turns are no further apart: a screen shows no more than sixty a second."""
+
+HOLD_WITHOUT_SPARE_CORE = 0.033
+"""… where each frame takes a core from the engine, whose threads all wait for that one: thirty are fluent."""
 
 
 class TurnSender:
     """Sends what turns did; `send` takes the frame."""
 
-    def __init__(self, send: Callable[[Turn], object], *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, send: Callable[[Turn], object], *, longest_hold: float, clock: Callable[[], float]
+    ) -> None:
         self._send = send
+        self._longest_hold = longest_hold
         self._clock = clock
         self._advances: list[Advance] = []
         self._sent = self._taken = clock()
@@ -35,7 +41,7 @@ class TurnSender:
         next_end = now + (now - self._taken)
         self._taken = now
         has_ended = any(advance.finish is not None for advance in self._advances)
-        if has_ended or not is_steady or next_end - self._sent > LONGEST_HOLD:
+        if has_ended or not is_steady or next_end - self._sent > self._longest_hold:
             self.flush(even_empty=True)
 
     def flush(self, *, even_empty: bool = False) -> None:

@@ -3,7 +3,7 @@
 import attrs
 
 from paddler.engine.pipe import Advance, Finish, Turn
-from paddler.engine.turn_sender import LONGEST_HOLD, TurnSender
+from paddler.engine.turn_sender import HOLD, TurnSender
 
 
 @attrs.define
@@ -20,14 +20,14 @@ def token(number: int, finish: Finish | None = None) -> Advance:
 
 
 def sender_of(told: Told) -> TurnSender:
-    return TurnSender(told.send, clock=lambda: told.now)
+    return TurnSender(told.send, longest_hold=HOLD, clock=lambda: told.now)
 
 
 def test_the_first_token_goes_at_once_and_later_ones_together() -> None:
     told = Told()
     sender = sender_of(told)
     for number in range(10):
-        told.now += LONGEST_HOLD / 4.5
+        told.now += HOLD / 4.5
         sender.take([token(number)], only_decodes=True)
     assert told.frames == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
 
@@ -56,7 +56,7 @@ def test_turns_of_which_only_one_fits_are_told_one_by_one() -> None:
     told = Told()
     sender = sender_of(told)
     for number in range(3):
-        told.now += 0.6 * LONGEST_HOLD
+        told.now += 0.6 * HOLD
         sender.take([token(number)], only_decodes=True)
     assert told.frames == [[0], [1], [2]]
 
