@@ -5,11 +5,14 @@ before anything is decoded, and nothing here opens a file or a connection.
 """
 
 import binascii
+import contextlib
 import logging
 import math
+import os
 import struct
 import warnings
 from base64 import b64encode
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Any, cast
 from xml.etree import ElementTree
@@ -69,7 +72,7 @@ def decode_picture(url: str, *, resize_to_fit: int) -> dict[str, Any]:
     side = max(1, min(resize_to_fit, MAX_SIDE))
     data = _data_of(url)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent_libraries():
             warnings.simplefilter("ignore")  # Pillow warns of what is odd, and decodes it
             if _is_svg(data):
                 data = _rasterised(data, side=side)
@@ -81,6 +84,20 @@ def decode_picture(url: str, *, resize_to_fit: int) -> dict[str, Any]:
         "height": picture.height,
         "rgb": b64encode(picture.tobytes()).decode("ascii"),
     }
+
+
+@contextlib.contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Drop what is written to the standard error: libtiff complains there of what it cannot read."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _data_of(url: str) -> bytes:

@@ -1,7 +1,7 @@
 """Requests on this agent: prepare, generate, classify, answer; one task per request.
 
-Tokens never wait here: the engine's reader calls `on_turn`, which classifies what a decode step gave
-all slots and sends it as one step frame.
+Tokens never wait here: the engine's reader calls `on_turn`, which classifies what a turn, or several
+short ones, gave all slots and sends it as one step frame.
 """
 
 import logging
@@ -105,7 +105,7 @@ class Slots:
         self._send([self._end(request, "X", text) for request in [*self._generating.values()]])
 
     def on_turn(self, advances: list[Advance]) -> None:
-        """Pass on what one decode step gave, for all slots."""
+        """Pass on what a turn or several gave, for all slots."""
         pieces: list[Piece] = []
         for advance in advances:
             request = self._generating.get(advance.generation)

@@ -6,7 +6,7 @@ as long, and with one thread hardly longer than on a quiet host. What the kernel
 on a quiet host the threads wait for a twentieth of a core or two, because of agent and balancer.
 
 So the engine gives up a thread where for a second at least a quarter of a core was not to be had. From time
-to time it takes one back, and keeps it if the others are gone.
+to time it takes one back, and keeps it if the others are gone. Images are encoded with all threads.
 """
 
 import threading
@@ -25,6 +25,9 @@ CROWDED_LOOKS = 4
 FIRST_PATIENCE = 5.0
 LONGEST_PATIENCE = 320.0
 """A thread that is taken back in vain costs the next look's time, at a fourteenth of the speed."""
+
+CALM = 60.0
+"""With all threads for so long, the others are gone; before that they come and go."""
 
 _TASKS = Path("/proc/self/task")
 
@@ -61,6 +64,7 @@ class ThreadCount:
         self._is_trial = False
         self._patience = FIRST_PATIENCE
         self._changed = self._last_look
+        self._is_told = False
 
     def turn_ended(self) -> None:
         """Look around, if it is time."""
@@ -71,6 +75,7 @@ class ThreadCount:
         self._last_look = now
         times = self._look()
         if times is None or times.ran + times.waited < LEAST_SHARE * elapsed:
+            self._crowded_looks = 0
             return
         # Idle time counts for neither: what was not to be had, as a part of what was wanted.
         missing = self._count * times.waited / (times.ran + times.waited)
@@ -81,30 +86,31 @@ class ThreadCount:
 
     def _was_crowded(self, now: float) -> None:
         self._crowded_looks += 1
-        if self._is_trial:
-            self._patience = min(2 * self._patience, LONGEST_PATIENCE)
-        elif self._crowded_looks < CROWDED_LOOKS:
+        if self._count == 1 or not (self._is_trial or self._crowded_looks >= CROWDED_LOOKS):
             return
-        if self._count == self._most and not self._is_trial:
+        if not self._is_told:
+            self._is_told = True
             self._report(
-                f"other processes take processors from the engine: it computes with fewer than {self._most}"
-                " threads, more slowly, until they are done"
+                "the engine does not get the processors it needs, others use them: it computes with fewer"
+                f" than {self._most} threads, more slowly, until they are free"
             )
-        self._change(max(self._count - 1, 1), now)
+        elif self._is_trial or self._count == self._most:
+            self._patience = min(2 * self._patience, LONGEST_PATIENCE)
+        self._change(self._count - 1, now)
 
     def _had_room(self, now: float) -> None:
         self._crowded_looks = 0
-        if self._is_trial:
-            self._is_trial = False
-            self._patience = FIRST_PATIENCE
-            if self._count == self._most:
-                self._report(f"the engine computes with all of its {self._most} threads again")
-                return
-        elif now - self._changed < self._patience:
-            return
+        waited = now - self._changed
         if self._count < self._most:
-            self._change(self._count + 1, now)
-            self._is_trial = True
+            if self._is_trial or waited >= self._patience:
+                self._change(self._count + 1, now)
+                self._is_trial = True
+            return
+        self._is_trial = False
+        if self._is_told and waited >= CALM:
+            self._is_told = False
+            self._patience = FIRST_PATIENCE
+            self._report(f"the engine computes with all of its {self._most} threads again")
 
     def _change(self, count: int, now: float) -> None:
         self._crowded_looks = 0
@@ -119,6 +125,7 @@ class ThreadTimesReader:
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[int, int]] = {}
+        self()
 
     def __call__(self) -> ThreadTimes | None:
         """Return what they did since the last call; None where the kernel does not count it."""
@@ -137,4 +144,8 @@ class ThreadTimesReader:
 
 def is_counted() -> bool:
     """Say whether this kernel counts how long threads wait."""
-    return (_TASKS / str(threading.get_native_id()) / "schedstat").exists()
+    try:
+        ran, _, _ = (_TASKS / str(threading.get_native_id()) / "schedstat").read_text().split()
+    except (OSError, ValueError):
+        return False
+    return int(ran) > 0  # the file is there, but all zero, where the kernel was built without

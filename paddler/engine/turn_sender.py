@@ -26,27 +26,33 @@ class TurnSender:
         self._clock = clock
         self._advances: list[Advance] = []
         self._sent = self._taken = clock()
-        self._only_decoded = False
+        self._is_steady = False
 
     def take(self, advances: Iterable[Advance], *, only_decodes: bool) -> None:
-        """Send a turn, or keep it if it, the last one and the next one `only_decodes` and nothing ended.
+        """Send a turn, or keep it if it only decoded, the next one `only_decodes`, and nothing ended.
 
         First tokens, ends, and whatever stands before a prompt that takes its time go at once; so does what
         would be late with the next turn, should that take as long as this one.
         """
         self._advances += advances
-        is_steady = only_decodes and self._only_decoded
-        self._only_decoded = only_decodes
+        is_steady = only_decodes and self._is_steady
         now = self._clock()
         next_end = now + (now - self._taken)
         self._taken = now
         has_ended = any(advance.finish is not None for advance in self._advances)
         if has_ended or not is_steady or next_end - self._sent > self._longest_hold:
-            self.flush(even_empty=True)
+            self._send_kept()
+        self._is_steady = only_decodes
 
-    def flush(self, *, even_empty: bool = False) -> None:
-        """Send what is kept; an empty frame says that the engine works."""
-        if self._advances or even_empty:
-            self._send(Turn(tuple(self._advances)))
-            self._advances.clear()
-            self._sent = self._clock()
+    def flush(self) -> None:
+        """Send what is kept, and the next turn at once: something else than decoding goes on."""
+        self._is_steady = False
+        if self._advances:
+            self._send_kept()
+
+    def _send_kept(self) -> None:
+        """Send a frame; an empty one says that the engine works."""
+        # Tokens of one generation side by side: from there on, they are one write.
+        self._send(Turn(tuple(sorted(self._advances, key=lambda advance: advance.generation))))
+        self._advances.clear()
+        self._sent = self._clock()

@@ -35,6 +35,7 @@ UNSENT_LIMIT_BYTES: Final = 1024 * 1024
 """A client that leaves more than this unread is too slow: its reply ends, alone."""
 
 LARGEST_HELD_BYTES: Final = 16 * 1024
+"""Messages up to this wait for the next; larger ones are a write of their own, without another copy."""
 
 KEEP_ALIVE_PERIOD: Final = 4.0
 """Stock clients give up a stream that is silent for 5 s."""

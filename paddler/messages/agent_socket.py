@@ -2,7 +2,7 @@
 
 Both directions are WebSocket text messages, each one externally tagged JSON frame of the unions
 below, except those that begin with `S`. Such a message is a step frame: all pieces that
-one decode step gave, for all slots, in a form that is taken apart without a JSON parser:
+a decode step, or several short ones, gave for all slots, in a form that is taken apart without a JSON parser:
 
     S
     <request> <letter> <JSON>
@@ -183,7 +183,7 @@ def escape_text(text: str) -> str:
 
 
 def encode_step(pieces: list[Piece]) -> str:
-    """Write the step frame of one decode step."""
+    """Write a step frame."""
     return "S\n" + "\n".join([f"{request} {letter} {text}" for request, letter, text in pieces])
 
 

@@ -215,6 +215,14 @@ def test_what_pillow_thinks_of_an_image_is_not_logged(caplog: pytest.LogCaptureF
     assert not caplog.records
 
 
+def test_what_libtiff_thinks_of_an_image_is_not_written(capfd: pytest.CaptureFixture[str]) -> None:
+    tiff = bytearray(encoded(Image.effect_noise((64, 64), 50), "TIFF", compression="tiff_lzw"))
+    for place in range(16, len(tiff) // 2):
+        tiff[place] ^= 0xFF
+    refusal(data_uri(bytes(tiff)))
+    assert capfd.readouterr().err == ""
+
+
 @given(data=st.binary(max_size=300), format_=st.sampled_from(["PNG", "GIF", "BMP", "TIFF", "WEBP", "ICO"]))
 def test_noise_in_a_file_is_a_picture_or_a_refusal(data: bytes, format_: str) -> None:
     valid = bytearray(encoded(Image.new("RGB", (8, 8), RED), format_))

@@ -6,6 +6,7 @@ import time
 import attrs
 
 from paddler.engine.thread_count import (
+    CALM,
     CROWDED_LOOKS,
     FIRST_PATIENCE,
     LONGEST_PATIENCE,
@@ -71,6 +72,8 @@ def test_a_thread_is_given_up_after_a_second_and_taken_back_when_there_is_room()
     host.others = 0
     host.run(threads, seconds=FIRST_PATIENCE + LOOK_INTERVAL)
     assert host.used == [1, 2]
+    assert len(host.reports) == 1
+    host.run(threads, seconds=CALM)
     assert "all of its 2 threads" in host.reports[1]
 
 
@@ -80,7 +83,7 @@ def test_of_many_threads_as_many_are_given_up_as_others_need() -> None:
     host.run(threads, seconds=4)
     assert host.used == [7, 6, 5]
     host.others = 0
-    host.run(threads, seconds=FIRST_PATIENCE + 1)
+    host.run(threads, seconds=FIRST_PATIENCE + 1 + CALM)
     assert host.used == [7, 6, 5, 6, 7, 8]
     assert len(host.reports) == 2
 
@@ -97,6 +100,29 @@ def test_trials_get_rarer_and_are_not_reported() -> None:
     trials = host.used.count(2)
     assert 7 <= trials <= 10  # after 5, 10, 20, … 320 seconds each
     assert len(host.reports) == 1
+
+
+def test_others_that_come_and_go_are_reported_once_and_tried_more_rarely() -> None:
+    host = Host()
+    threads = host.thread_count()
+    for _ in range(100):
+        host.others = 1
+        host.run(threads, seconds=3)
+        host.others = 0
+        host.run(threads, seconds=7)
+    assert len(host.reports) == 1
+    assert host.used.count(2) <= 10
+
+
+def test_looks_far_apart_do_not_add_up() -> None:
+    host = Host(others=1)
+    threads = host.thread_count()
+    for _ in range(4 * CROWDED_LOOKS):
+        host.busy = 1
+        host.run(threads, seconds=LOOK_INTERVAL)
+        host.busy = 0.1
+        host.run(threads, seconds=10)
+    assert host.used == []
 
 
 def test_a_short_crowd_does_not_count() -> None:

@@ -15,8 +15,8 @@ class Told:
         self.frames.append([advance.tokens[0] for advance in turn.advances])
 
 
-def token(number: int, finish: Finish | None = None) -> Advance:
-    return Advance(1, (number,), "a", finish, "", 1, 0)
+def token(number: int, finish: Finish | None = None, *, generation: int = 1) -> Advance:
+    return Advance(generation, (number,), "a", finish, "", 1, 0)
 
 
 def sender_of(told: Told) -> TurnSender:
@@ -39,6 +39,27 @@ def test_an_end_takes_what_was_kept_with_it() -> None:
         sender.take([token(number)], only_decodes=True)
     sender.take([token(3, Finish.END)], only_decodes=False)
     assert told.frames == [[0], [1, 2, 3]]
+
+
+def test_tokens_of_one_generation_stand_together_in_order() -> None:
+    told = Told()
+    sender = sender_of(told)
+    sender.take([], only_decodes=True)
+    for number in range(3):
+        sender.take([token(number), token(10 + number, generation=2)], only_decodes=True)
+    sender.flush()
+    assert told.frames == [[], [0, 1, 2, 10, 11, 12]]
+
+
+def test_the_first_token_of_a_request_that_comes_later_goes_at_once() -> None:
+    told = Told()
+    sender = sender_of(told)
+    for number in range(2):
+        sender.take([token(number)], only_decodes=True)
+    sender.flush()  # a command came; its prompt is short, so that after the turn all generate
+    sender.take([token(2), token(10, generation=2)], only_decodes=True)
+    sender.take([token(3), token(11, generation=2)], only_decodes=True)
+    assert told.frames == [[0], [1], [2, 10]]
 
 
 def test_nothing_waits_for_a_prompt() -> None:
