@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 IMPURE = {"trio", "quart", "quart_trio", "time", "threading", "llama_cpp", "asyncio", "socket", "subprocess"}
 PURE_ENGINE_MODULES = {
     "embeddings", "gbnf", "integer_grammar", "json_schema_grammar", "layout", "pattern_grammar", "pipe",
-    "prefixes", "scheduler", "sequences", "stop_strings",
+    "prefixes", "scheduler", "sequences", "stop_strings", "thread_count", "turn_sender",
 }  # fmt: skip
 
 DOORS: dict[str, set[str]] = {

@@ -97,7 +97,6 @@ class LinkSession:
         self._is_flushed = True
         self._wakeup = trio.Event()
         self._parts: dict[int, _Parts] = {}
-        self._stopped_midway: set[int] = set()  # what still comes of them is dropped, up to the last part
 
     async def run(self) -> str:
         """Serve the connection until it ends, and return why it did.
@@ -178,7 +177,6 @@ class LinkSession:
                 self._take_part(frame, requests)
             case Stop(number):
                 if self._parts.pop(number, None) is not None:
-                    self._stopped_midway.add(number)
                     self._send_step([(number, "D", _STOPPED_BEFORE_IT_CAME)])
                 self._slots.stop(number)
             case Ask():
@@ -191,10 +189,6 @@ class LinkSession:
                 assert_never(frame)
 
     def _take_part(self, part: Part, requests: trio.Nursery) -> None:
-        if part.request in self._stopped_midway:
-            if part.last:
-                self._stopped_midway.remove(part.request)
-            return
         parts = self._parts.setdefault(part.request, _Parts())
         parts.texts.append(part.text)
         parts.characters += len(part.text)

@@ -14,6 +14,7 @@ import warnings
 from base64 import b64encode
 from collections.abc import Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
 
@@ -30,9 +31,8 @@ MAX_SVG_BYTES = 8 * 1024 * 1024
 MAX_SVG_DEPTH = 256
 """resvg overflows its stack at some thousands of nested elements, and Python's writer at one thousand."""
 
-logging.getLogger("PIL").setLevel(
-    logging.CRITICAL
-)  # a broken image is its sender's matter, not the operator's
+# A broken image is its sender's matter, not the operator's.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 Image.init()
 FORMATS = tuple(
@@ -72,10 +72,10 @@ def decode_picture(url: str, *, resize_to_fit: int) -> dict[str, Any]:
     side = max(1, min(resize_to_fit, MAX_SIDE))
     data = _data_of(url)
     try:
-        with warnings.catch_warnings(), _silent_libraries():
+        if _is_svg(data):
+            data = _rasterised(data, side=side)
+        with warnings.catch_warnings(), _silent_libtiff():
             warnings.simplefilter("ignore")  # Pillow warns of what is odd, and decodes it
-            if _is_svg(data):
-                data = _rasterised(data, side=side)
             picture = _decoded(data, side=side)
     except MemoryError:
         raise PictureRefused("the image needs more memory than it may have") from None
@@ -87,17 +87,15 @@ def decode_picture(url: str, *, resize_to_fit: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _silent_libraries() -> Iterator[None]:
+def _silent_libtiff() -> Iterator[None]:
     """Drop what is written to the standard error: libtiff complains there of what it cannot read."""
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
+    with contextlib.ExitStack() as stack:
+        kept = os.dup(2)
+        stack.callback(os.close, kept)
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        stack.callback(os.dup2, kept, 2)
         yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _data_of(url: str) -> bytes:

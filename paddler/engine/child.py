@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import trio
 
-from paddler.engine.thread_count import is_counted
+from paddler.engine.thread_times import are_waits_counted
 from paddler.engine.vitals import Vitals, read_vitals
 from paddler.processes.children import start_module, wait_for
 
@@ -38,7 +38,7 @@ class EngineChild:
                 "paddler.engine.process",
                 theirs.fileno(),
                 environment={
-                    "GOMP_SPINCOUNT": str(_SPINS if is_counted() else _CAUTIOUS_SPINS),
+                    "GOMP_SPINCOUNT": str(_SPINS if are_waits_counted() else _CAUTIOUS_SPINS),
                     "GGML_NO_BACKTRACE": "1",  # an abort would start a debugger for the backtrace
                 },
                 stdout=their_output,

@@ -61,7 +61,7 @@ class Context:
         settings.n_ctx = plan.n_ctx
         settings.n_batch = settings.n_ubatch = plan.n_batch
         settings.n_seq_max = plan.slots
-        settings.n_threads = settings.n_threads_batch = max(engine.threads, 1)
+        settings.n_threads = settings.n_threads_batch = engine.threads
         settings.type_k = _GGML_TYPES[plan.k_dtype]
         settings.type_v = _GGML_TYPES[plan.v_dtype]
         settings.kv_unified = plan.layout is KvLayout.SHARED

@@ -79,7 +79,7 @@ class Projection:
         settings = m.mtmd_context_params_default()
         settings.use_gpu = model.offloaded
         settings.print_timings = False
-        settings.n_threads = max(threads, 1)
+        settings.n_threads = threads
         settings.media_marker = _MARKER
         settings.warmup = False  # the first image pays for its buffers, under a deadline that fits it
         callback = m.mtmd_progress_callback(lambda _share, _: on_progress())

@@ -24,7 +24,8 @@ from paddler.engine.pipe import Cancel, Capacity, Embed, Encoding, EngineSetting
 from paddler.engine.prompts import Prompts
 from paddler.engine.samplers import Samplers
 from paddler.engine.scheduler import TurnBudget
-from paddler.engine.thread_count import ThreadCount, ThreadTimesReader
+from paddler.engine.thread_count import ThreadCount
+from paddler.engine.thread_times import ThreadTimesReader
 from paddler.engine.turn_sender import HOLD, HOLD_WITHOUT_SPARE_CORE, TurnSender
 from paddler.engine.turns import Turns
 from paddler.messages.state import InferenceParameters
@@ -82,7 +83,9 @@ def serve_generations(
     )
     threads = _thread_count(link, context, settings)
     while True:
-        commands = link.receive(_patience_ms(turns))
+        patience_ms = _patience_ms(turns)
+        assert patience_ms == 0 or not sender.keeps_any
+        commands = link.receive(patience_ms)
         if commands:
             sender.flush()  # a prompt may take its time
         for command in commands:
@@ -148,7 +151,7 @@ def _warm_up(link: ParentLink, context: Context) -> float:
 
 def _thread_count(link: ParentLink, context: Context, settings: EngineSettings) -> ThreadCount:
     return ThreadCount(
-        max(settings.threads, 1),
+        settings.threads,
         use=context.use_threads,
         look=ThreadTimesReader(),
         report=lambda line: link.send(Log(llama.WARNING, line)),

@@ -5,21 +5,23 @@ others wait, and these spin: with two threads and one foreign busy loop on two c
 as long, and with one thread hardly longer than on a quiet host. What the kernel counts of each thread tells:
 on a quiet host the threads wait for a twentieth of a core or two, because of agent and balancer.
 
-So the engine gives up a thread where for a second at least a quarter of a core was not to be had. From time
-to time it takes one back, and keeps it if the others are gone. Images are encoded with all threads.
+So the engine gives up a thread where for a second at least a quarter of a core was not to be had, one after
+another while that helps. From time to time it takes one back, and keeps it if the others are gone. Images
+are encoded with all threads.
 """
 
-import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import attrs
 
 LOOK_INTERVAL = 0.25
 LEAST_SHARE = 0.4
-"""Of the time of a look in which the threads were at work, or the look counts for nothing."""
+"""Of their time between two looks the threads must have worked, or wanted to: else it counts for nothing."""
 
 CROWDED_CORES = 0.25
+"""So much is missing where it is crowded, and a thread given up must make it less by as much: a busy
+neighbour takes half a core from the thread it meets; what all threads wait for evenly is no neighbour."""
+
 CROWDED_LOOKS = 4
 
 FIRST_PATIENCE = 5.0
@@ -29,12 +31,10 @@ LONGEST_PATIENCE = 320.0
 CALM = 60.0
 """With all threads for so long, the others are gone; before that they come and go."""
 
-_TASKS = Path("/proc/self/task")
-
 
 @attrs.frozen
 class ThreadTimes:
-    """What all threads of this process did between two looks, in seconds."""
+    """What all threads that compute did between two looks, in seconds."""
 
     ran: float
     waited: float
@@ -59,93 +59,87 @@ class ThreadCount:
         self._look = look
         self._report = report
         self._clock = clock
-        self._last_look = clock()
-        self._crowded_looks = 0
+        self._looked_at = self._changed_at = clock()
+        self._crowded_looks: list[float] = []
+        self._missing_before: float | None = None
         self._is_trial = False
         self._patience = FIRST_PATIENCE
-        self._changed = self._last_look
+        self._in_vain_until = self._changed_at
         self._is_told = False
 
     def turn_ended(self) -> None:
         """Look around, if it is time."""
         now = self._clock()
-        elapsed = now - self._last_look
+        elapsed = now - self._looked_at
         if self._most == 1 or elapsed < LOOK_INTERVAL:
             return
-        self._last_look = now
+        self._looked_at = now
         times = self._look()
-        if times is None or times.ran + times.waited < LEAST_SHARE * elapsed:
-            self._crowded_looks = 0
+        if times is None or times.ran + times.waited < LEAST_SHARE * elapsed * self._count:
+            self._crowded_looks.clear()
             return
         # Idle time counts for neither: what was not to be had, as a part of what was wanted.
         missing = self._count * times.waited / (times.ran + times.waited)
         if missing >= CROWDED_CORES:
-            self._was_crowded(now)
+            self._was_crowded(now, missing)
         else:
             self._had_room(now)
 
-    def _was_crowded(self, now: float) -> None:
-        self._crowded_looks += 1
-        if self._count == 1 or not (self._is_trial or self._crowded_looks >= CROWDED_LOOKS):
+    def _was_crowded(self, now: float, missing: float) -> None:
+        self._crowded_looks.append(missing)
+        if self._is_trial:
+            self._be_patient()
+            self._change(self._count - 1, now)
+        elif len(self._crowded_looks) == CROWDED_LOOKS:
+            self._judge(now, sum(self._crowded_looks) / CROWDED_LOOKS)
+            self._crowded_looks.clear()
+
+    def _judge(self, now: float, missing: float) -> None:
+        """Give up a thread, or take back the last one if it was given up for nothing."""
+        if self._missing_before is not None and missing > self._missing_before - CROWDED_CORES:
+            self._be_patient()
+            self._in_vain_until = now + self._patience
+            self._change(self._count + 1, now)
             return
+        if self._missing_before is not None:
+            self._has_helped()
+        if self._count > 1 and now >= self._in_vain_until:
+            if self._is_told and self._count == self._most:
+                self._be_patient()
+            self._change(self._count - 1, now)
+            self._missing_before = missing
+
+    def _had_room(self, now: float) -> None:
+        self._crowded_looks.clear()
+        self._missing_before = None
+        unchanged = now - self._changed_at
+        if self._count < self._most:
+            self._has_helped()
+            if self._is_trial or unchanged >= self._patience:
+                self._change(self._count + 1, now)
+                self._is_trial = True
+            return
+        self._is_trial = False
+        if self._is_told and unchanged >= CALM:
+            self._is_told = False
+            self._patience = FIRST_PATIENCE
+            self._report(f"the engine computes with all of its {self._most} threads again")
+
+    def _has_helped(self) -> None:
         if not self._is_told:
             self._is_told = True
             self._report(
                 "the engine does not get the processors it needs, others use them: it computes with fewer"
                 f" than {self._most} threads, more slowly, until they are free"
             )
-        elif self._is_trial or self._count == self._most:
-            self._patience = min(2 * self._patience, LONGEST_PATIENCE)
-        self._change(self._count - 1, now)
 
-    def _had_room(self, now: float) -> None:
-        self._crowded_looks = 0
-        waited = now - self._changed
-        if self._count < self._most:
-            if self._is_trial or waited >= self._patience:
-                self._change(self._count + 1, now)
-                self._is_trial = True
-            return
-        self._is_trial = False
-        if self._is_told and waited >= CALM:
-            self._is_told = False
-            self._patience = FIRST_PATIENCE
-            self._report(f"the engine computes with all of its {self._most} threads again")
+    def _be_patient(self) -> None:
+        self._patience = min(2 * self._patience, LONGEST_PATIENCE)
 
     def _change(self, count: int, now: float) -> None:
-        self._crowded_looks = 0
+        self._crowded_looks.clear()
+        self._missing_before = None
         self._is_trial = False
-        self._changed = now
+        self._changed_at = now
         self._count = count
         self._use(count)
-
-
-class ThreadTimesReader:
-    """Reads what the kernel counts of the threads of this process; proc(5), schedstat."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, tuple[int, int]] = {}
-        self()
-
-    def __call__(self) -> ThreadTimes | None:
-        """Return what they did since the last call; None where the kernel does not count it."""
-        now = {}
-        try:
-            for task in _TASKS.iterdir():
-                ran, waited, _ = (task / "schedstat").read_text().split()
-                now[task.name] = (int(ran), int(waited))
-        except (OSError, ValueError):  # also when a thread has just ended
-            return None
-        last, self._last = self._last, now
-        ran_ns = sum(ran - last.get(task, (0, 0))[0] for task, (ran, _) in now.items())
-        waited_ns = sum(waited - last.get(task, (0, 0))[1] for task, (_, waited) in now.items())
-        return ThreadTimes(ran_ns / 1e9, waited_ns / 1e9)
-
-
-def is_counted() -> bool:
-    """Say whether this kernel counts how long threads wait."""
-    try:
-        ran, _, _ = (_TASKS / str(threading.get_native_id()) / "schedstat").read_text().split()
-    except (OSError, ValueError):
-        return False
-    return int(ran) > 0  # the file is there, but all zero, where the kernel was built without

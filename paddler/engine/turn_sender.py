@@ -2,9 +2,10 @@
 
 A frame wakes agent, balancer and client, and where they share the processor with the engine that costs some
 tenths of a millisecond each time. So turns that only decode are told together for as long as nobody notices.
+Something is kept only while the next turn follows at once: whoever waits for commands must keep nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from paddler.engine.pipe import Advance, Turn
 
@@ -25,10 +26,14 @@ class TurnSender:
         self._longest_hold = longest_hold
         self._clock = clock
         self._advances: list[Advance] = []
-        self._sent = self._taken = clock()
+        self._sent_at = self._taken_at = clock()
         self._is_steady = False
 
-    def take(self, advances: Iterable[Advance], *, only_decodes: bool) -> None:
+    @property
+    def keeps_any(self) -> bool:
+        return bool(self._advances)
+
+    def take(self, advances: Sequence[Advance], *, only_decodes: bool) -> None:
         """Send a turn, or keep it if it only decoded, the next one `only_decodes`, and nothing ended.
 
         First tokens, ends, and whatever stands before a prompt that takes its time go at once; so does what
@@ -37,10 +42,10 @@ class TurnSender:
         self._advances += advances
         is_steady = only_decodes and self._is_steady
         now = self._clock()
-        next_end = now + (now - self._taken)
-        self._taken = now
-        has_ended = any(advance.finish is not None for advance in self._advances)
-        if has_ended or not is_steady or next_end - self._sent > self._longest_hold:
+        next_end = now + (now - self._taken_at)
+        self._taken_at = now
+        has_ended = any(advance.finish is not None for advance in advances)
+        if has_ended or not is_steady or next_end - self._sent_at > self._longest_hold:
             self._send_kept()
         self._is_steady = only_decodes
 
@@ -55,4 +60,4 @@ class TurnSender:
         # Tokens of one generation side by side: from there on, they are one write.
         self._send(Turn(tuple(sorted(self._advances, key=lambda advance: advance.generation))))
         self._advances.clear()
-        self._sent = self._clock()
+        self._sent_at = self._clock()

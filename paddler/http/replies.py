@@ -35,7 +35,7 @@ UNSENT_LIMIT_BYTES: Final = 1024 * 1024
 """A client that leaves more than this unread is too slow: its reply ends, alone."""
 
 LARGEST_HELD_BYTES: Final = 16 * 1024
-"""Messages up to this wait for the next; larger ones are a write of their own, without another copy."""
+"""So much waits for the next message at most: to join a large one costs more than a write."""
 
 KEEP_ALIVE_PERIOD: Final = 4.0
 """Stock clients give up a stream that is silent for 5 s."""
@@ -118,9 +118,10 @@ class TokenReply(_Body):
     HTTP allows to go past h11 there: it keeps no state between the chunks of a body, nor between the
     bytes of a body that the end of the connection ends (HTTP/1.0).
 
-    States: *parked* — nothing is unsent and the flusher sleeps, so feeding writes directly; *busy* —
-    feeding only appends and the flusher writes; *failed* — everything is dropped and the task is
-    being cancelled. A direct write can therefore never overtake or split one of the flusher.
+    States: *parked* — nothing is unsent but what waits for the next message, and the flusher sleeps,
+    so feeding writes directly; *busy* — feeding only appends and the flusher writes; *failed* —
+    everything is dropped and the task is being cancelled. A direct write can therefore never overtake
+    or split one of the flusher.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ class Part:
 
 @attrs.frozen
 class Stop:
-    """Stop this request; the agent answers with its terminal piece."""
+    """Stop this request, of which nothing follows; the agent answers with its terminal piece."""
 
     request: Unsigned
 

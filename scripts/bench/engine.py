@@ -139,8 +139,7 @@ def compare(ours: int, theirs: int, *, streams: int, tokens: int, rounds: int) -
 def print_overhead(model: Path, name: str, *, streams: list[int]) -> None:
     """Print what a decode step costs outside llama.cpp, measured in a process of its own."""
     command = [sys.executable, str(HERE / "step_overhead.py"), str(model), *map(str, streams)]
-    environment = os.environ | {"GOMP_SPINCOUNT": "500"}
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     for line in result.stdout.splitlines():
         print(f"| {name} | {line}", flush=True)
 

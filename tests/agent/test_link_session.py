@@ -297,21 +297,6 @@ async def test_a_request_stopped_before_its_last_part_ends(autojump_clock: MockC
         assert [(request, letter) for [(request, letter, _)] in steps] == [(8, "D"), (9, "D")]
 
 
-async def test_late_parts_of_a_stopped_request_do_no_harm(autojump_clock: MockClock) -> None:
-    text = encode(Generate(8, RAW), BalancerFrame)
-    async with open_agent() as agent:
-        await agent.serves()
-        agent.wire.say(Part(8, text[:5], last=False))
-        agent.wire.say(Stop(8))
-        agent.wire.say(Part(8, text[5:20], last=False))
-        agent.wire.say(Stop(8))
-        agent.wire.say(Part(8, text[20:], last=True))
-        await trio.sleep(1)
-        steps = [frame for frame in agent.wire.sent() if isinstance(frame, list)]
-        assert [(request, letter) for [(request, letter, _)] in steps] == [(8, "D")]
-        assert agent.reason is None
-
-
 @pytest.mark.parametrize(
     "frames",
     [

@@ -1,4 +1,5 @@
 import json
+import select
 import socket
 
 import pytest
@@ -9,7 +10,7 @@ from quart import Response
 from paddler.balancer.changes import Changes
 from paddler.balancer.running_requests import Reply
 from paddler.config import MAX_CLIENT_MESSAGE_BYTES
-from paddler.http.replies import Envelope, EventStream, new_request_id
+from paddler.http.replies import LARGEST_HELD_BYTES, Envelope, EventStream, new_request_id
 from paddler.http.surface import make_app, open_surface
 from paddler.messages.inference import ContinueFromRawPrompt, TokenRequest
 from paddler.messages.tokens import StreamError
@@ -61,6 +62,41 @@ def test_an_envelope_is_the_documented_message(name: str | None) -> None:
     assert json.loads(envelope.error(StreamError(502, "gone"))) == {
         "Error": {"request_id": "00", "error": {"code": 502, "description": "gone"}}
     }
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+async def test_pieces_of_a_step_are_one_write_unless_they_are_large(version: str) -> None:
+    looked = [trio.Event() for _ in range(3)]
+
+    async def script(_: TokenRequest, reply: Reply) -> None:
+        reply.piece("a", "C", '"first"')
+        await looked[0].wait()
+        reply.piece("a", "C", '"one"', more=True)
+        reply.piece("a", "C", '"two"', more=True)
+        await looked[1].wait()
+        reply.piece("a", "C", '"three"')
+        await looked[2].wait()
+        reply.piece("a", "C", '"%s"' % ("x" * LARGEST_HELD_BYTES), more=True)
+        await trio.sleep_forever()
+
+    def has_more(client: RawClient) -> bool:
+        return bool(select.select([client.stream.socket.fileno()], [], [], 0)[0])
+
+    async with inference_room(script) as room, await room.connect() as client:
+        await client.generate(version=version)
+        received = b""
+        while b"first" not in received:
+            received += await client.stream.receive_some(65536)
+        looked[0].set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not has_more(client)
+        looked[1].set()
+        await trio.testing.wait_all_tasks_blocked()
+        together = await client.stream.receive_some(65536)
+        assert [together.count(text) for text in (b"one", b"two", b"three")] == [1, 1, 1]
+        looked[2].set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert has_more(client)
 
 
 @pytest.mark.slow

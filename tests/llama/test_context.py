@@ -13,25 +13,49 @@ from paddler.engine import llama
 from paddler.engine.context import Context, DecodeFailed
 from paddler.engine.layout import plan_context
 from paddler.engine.pipe import EngineSettings
-from paddler.messages.state import DETERMINISTIC_PARAMETERS
+from paddler.messages.state import DETERMINISTIC_PARAMETERS, KvCacheDtype
 from tests.llama.random_models import write_recurrent_model
 
 CELLS = 256
 
 
-def context_of(path: str) -> Context:
+def context_of(path: str, *, cells: int = CELLS, threads: int = 1, exact: bool = False) -> Context:
     log = llama.LlamaLog(lambda _: None)
     model = llama.load_model(path, n_gpu_layers=0, on_progress=lambda _: True, log=log)
     settings = EngineSettings(
         model_path=path,
         slots=2,
-        parameters=attrs.evolve(DETERMINISTIC_PARAMETERS, context_size=CELLS),
+        parameters=attrs.evolve(
+            DETERMINISTIC_PARAMETERS,
+            context_size=cells,
+            k_cache_dtype=KvCacheDtype.F16,
+            v_cache_dtype=KvCacheDtype.F16,
+        ),
         kv_layout=KvLayout.SHARED,
-        threads=1,
+        threads=threads,
+        exact=exact,
     )
     shape = llama.shape_of(model, llama.describe(model).metadata)
     plan = plan_context(settings, shape, host_memory_bytes=10**10)
     return Context(model, plan, settings, log=log)
+
+
+def test_an_exact_answer_is_the_same_with_threads_that_come_and_go() -> None:
+    context = context_of(str(bundled_model_path()), threads=2, exact=True, cells=2048)
+
+    def logits_of_a_continuation(threads: list[int]) -> list[bytes]:
+        context.clear(0)
+        context.use_threads(2)
+        for start in range(0, 1500, 500):
+            assert context.ingest(tokens(500, first=start), start, 0, want_logits=True)
+        rows = [context.logits(1)[0].copy()]
+        for position, count in enumerate(threads, start=1500):
+            context.use_threads(count)
+            assert context.decode([int(rows[-1].argmax())], [position], [0])
+            rows.append(context.logits(1)[0].copy())
+        return [row.tobytes() for row in rows]
+
+    assert logits_of_a_continuation([2, 2, 1, 1, 2, 1, 2]) == logits_of_a_continuation([2] * 7)
 
 
 @pytest.fixture(scope="module")
