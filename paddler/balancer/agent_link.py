@@ -210,8 +210,9 @@ class AgentLink:
         """Log what an operator wants to know of an agent without looking at it."""
         if status.issues != known.issues:
             if status.issues:
+                news = [issue for issue in status.issues if issue not in known.issues] or status.issues
                 more = f" (and {len(status.issues) - 1} more)" if len(status.issues) > 1 else ""
-                log.warning("%s has an issue: %s%s", self.shown_name, status.issues[0], more)
+                log.warning("%s has an issue: %s%s", self.shown_name, news[0], more)
             else:
                 log.info("%s has no issue any more", self.shown_name)
         if status.slots_total != known.slots_total:

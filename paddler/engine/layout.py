@@ -102,6 +102,8 @@ def plan_context(
     )
     if v_dtype is not parameters.v_cache_dtype:
         reason += f" V cells are {v_dtype}, not {parameters.v_cache_dtype}: exact."
+    if settings.exact and layout is KvLayout.SHARED:
+        reason += " Answers depend on company in it, in spite of `exact`."
     n_ctx = own_cells if layout is KvLayout.PER_SLOT else pool_cells
     n_batch = _n_batch(settings, shape, whole_image)
     if parameters.enable_embeddings:

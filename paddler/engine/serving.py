@@ -72,10 +72,11 @@ def serve_generations(
         images=None if projection is None else ImageCells(projection, context),
         on_encoding=lambda generation: link.send(Encoding(generation)),
     )
-    if settings.prefix_cache_bytes and not context.storable:
-        link.send(Log(llama.WARNING, "the model has sliding windows: no prefixes are kept in memory"))
     capacity = _capacity(model, plan, cells_per_slot=context.room, warm_up_seconds=warm_up_seconds)
     link.send(attrs.evolve(capacity, n_batch=most_image_tokens))
+    if settings.prefix_cache_bytes and not context.storable:
+        link.send(Log(llama.WARNING, "the model has sliding windows: no prefixes are kept in memory"))
+    _tell_of_layers(link, model, settings)
     sender = TurnSender(
         link.send,
         longest_hold=HOLD if settings.threads < processors() else HOLD_WITHOUT_SPARE_CORE,
@@ -122,6 +123,7 @@ def serve_embeddings(
         prompts=Prompts(partial(llama.tokenize_document, model), wake=_waker(link)),
     )
     link.send(_capacity(model, plan, cells_per_slot=n_batch, warm_up_seconds=warm_up_seconds))
+    _tell_of_layers(link, model, settings)
     threads = _thread_count(link, context, settings)
     while True:
         for command in link.receive(_patience_ms(embedder)):
@@ -147,6 +149,13 @@ def _warm_up(link: ParentLink, context: Context) -> float:
     if not context.warm_up():
         link.send(Log(llama.WARNING, "the warm-up decode failed"))
     return time.perf_counter() - began
+
+
+def _tell_of_layers(link: ParentLink, model: llama.Model, settings: EngineSettings) -> None:
+    layers = settings.parameters.n_gpu_layers
+    if layers != 0 and not model.offloaded:
+        complaint = f"n_gpu_layers is {layers}, but llama.cpp was compiled without a GPU: all are on the CPU"
+        link.send(Log(llama.WARNING, complaint))
 
 
 def _thread_count(link: ParentLink, context: Context, settings: EngineSettings) -> ThreadCount:

@@ -57,7 +57,10 @@ async def resolve_projection(source: ModelSource) -> str | None:
             return None
         case LocalModel(path):
             if not await _look(_exists, path):
-                raise ModelUnavailable((MultimodalProjectionCannotBeLoaded(path),))
+                raise ModelUnavailable(
+                    (MultimodalProjectionCannotBeLoaded(path),),
+                    f"the multimodal projection {path} does not exist",
+                )
             return path
         case HuggingFaceModel() | UrlModel():
             raise SourceNotServed((MultimodalProjectionCannotBeLoaded(reference_text(source)),))
@@ -75,7 +78,10 @@ async def resolve_adapter(source: LoraSource) -> str:
 async def check_projection(path: str) -> None:
     """Look at the header of a projection's file. Raises ModelUnavailable when it is no GGUF file."""
     if not await _look(_is_gguf_file, path):
-        raise ModelUnavailable((MultimodalProjectionCannotBeLoaded(path),))
+        raise ModelUnavailable(
+            (MultimodalProjectionCannotBeLoaded(path),),
+            f"the multimodal projection {path} is not a GGUF file",
+        )
 
 
 def reference_text(source: HuggingFaceModel | UrlModel) -> str:

@@ -438,13 +438,15 @@ async def test_an_operator_reads_of_an_agents_issues_in_the_balancers_log(
         for changes in (
             {"issues": issues},
             {"issues": issues},
+            {"issues": (*issues, SlotCannotStart("no memory", 1))},
             {"issues": (), "slots_total": 2, "desired_slots_total": 2},
         ):
             agent.report(**changes)
             await wait_all_tasks_blocked()
     told = [record.getMessage() for record in caplog.records if "rack-1" in record.getMessage()]
-    assert [line.partition(") ")[2] for line in told[1:4]] == [
+    assert [line.partition(") ")[2] for line in told[1:5]] == [
         "has an issue: /models/none.gguf does not exist (and 1 more)",
+        "has an issue: slot 1 cannot start: no memory (and 2 more)",
         "has no issue any more",
         "serves 2 of 2 slots",
     ]

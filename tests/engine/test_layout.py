@@ -103,6 +103,12 @@ def test_a_hybrid_model_is_estimated_low() -> None:
     assert plan(shape=attrs.evolve(SHAPE, hybrid=True)).context_bytes * 8 == plan().context_bytes
 
 
+@pytest.mark.parametrize("layout", [KvLayout.SHARED, KvLayout.PER_SLOT])
+def test_exact_in_the_shared_layout_is_told_to_be_in_vain(layout: KvLayout) -> None:
+    assert ("in spite of `exact`" in plan(layout=layout, exact=True).reason) == (layout is KvLayout.SHARED)
+    assert "exact" not in plan(layout=layout).reason
+
+
 @pytest.mark.parametrize(
     ("asked", "exact", "used"),
     [

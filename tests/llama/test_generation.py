@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import llama_cpp
 import pytest
 
 from paddler.config import KvLayout
@@ -204,3 +205,11 @@ async def test_odd_parameters_generate_something(odd: dict[str, Any]) -> None:
     async with running(**odd) as generations:
         answer = await generations.ask(chat("Hello"), max_tokens=12)
     assert answer.finish in (Finish.LENGTH, Finish.END)
+
+
+async def test_layers_for_a_gpu_that_is_not_there_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    if llama_cpp.llama_supports_gpu_offload():
+        pytest.skip("this llama.cpp was compiled with a GPU's backend")
+    async with running(n_gpu_layers=99) as generations:
+        await generations.ask(chat("Hello"))
+    assert "n_gpu_layers is 99, but llama.cpp was compiled without a GPU" in caplog.text

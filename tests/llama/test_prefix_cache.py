@@ -121,7 +121,7 @@ async def test_company_and_forks_change_nothing(mode: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("write", "stored"), [(write_recurrent_model, True), (write_window_model, False)])
 async def test_a_memory_that_is_not_plain_cells(
-    tmp_path: Path, write: Callable[[Path], None], stored: bool
+    tmp_path: Path, write: Callable[[Path], None], stored: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Continued, restored and in company: a state goes on at a checkpoint, windows are kept whole."""
     model = tmp_path / "model.gguf"
@@ -140,6 +140,7 @@ async def test_a_memory_that_is_not_plain_cells(
     assert told(warm) == told(restored) == told(expected)
     assert min(answer.cached_prompt_tokens for answer in warm) >= 192
     assert [answer.cached_prompt_tokens > 0 for answer in restored] == [stored] * len(prompts)
+    assert ("no prefixes are kept in memory" in caplog.text) != stored
     async with engine(**mode) as generations:
         started = [generations.start(prompt, max_tokens=TOKENS, sampler=GREEDY) for prompt in prompts * 2]
         together = [await generations.answer(generation) for generation in started]

@@ -45,7 +45,7 @@ async def test_a_missing_model_file_is_named(path: str) -> None:
 
 @pytest.mark.scenario("IS-9")
 async def test_a_missing_projection_file_is_named() -> None:
-    with pytest.raises(ModelUnavailable) as refusal:
+    with pytest.raises(ModelUnavailable, match=r"projection /nowhere/mmproj.gguf does not exist") as refusal:
         await resolve_projection(LocalModel("/nowhere/mmproj.gguf"))
     assert refusal.value.issues == (MultimodalProjectionCannotBeLoaded("/nowhere/mmproj.gguf"),)
 
