@@ -139,6 +139,7 @@ class ModelService:
         self._is_withdrawn = False
         self._board.update(model_path=None)
         if resolved.model_path is None:
+            logger.info("the desired state names no model: nothing is served")
             show(Outcome(StateApplicationStatus.APPLIED))
             return
         outcome = Outcome(StateApplicationStatus.FRESH)

@@ -52,6 +52,7 @@ class TokenAnswer:
             control_tokens=serving.control_tokens,
             tool_format=self._tool_format,
         )
+        self._is_cut = False
         self._waiting: deque[Item | Event | Terminal] = deque()
 
     def take(self, advance: Advance) -> list[AnswerPiece]:
@@ -63,6 +64,7 @@ class TokenAnswer:
             return [(item[0].value, escape_text(item[1])) for item in items if isinstance(item, tuple)]
         self._waiting += items
         if advance.finish is not None:
+            self._is_cut = advance.finish in (Finish.LENGTH, Finish.STOPPED)
             self._waiting += classifier.finish()
         if advance.logprobs:
             self._waiting.append(_logprobs_event(advance.logprobs))
@@ -99,7 +101,7 @@ class TokenAnswer:
             return []
         parser = ToolCallParser(self._tool_format, self._tools)
         parser.feed(section.text)
-        outcome = parser.finish()
+        outcome = parser.finish(is_cut=self._is_cut and section.is_open)
         if isinstance(outcome, ToolCallParsed) and outcome.payload:
             self.unchecked = outcome
             return []

@@ -19,6 +19,7 @@ from paddler.engine.pipe import GrammarRule, Picture, SamplerSettings
 from paddler.language.chat_template import Prompt, template_variables
 from paddler.language.reasoning_formats import section_after
 from paddler.language.required_calls import required_call_grammar, schemas_needed
+from paddler.language.tag_values import CallNotForced
 from paddler.messages.inference import (
     ContinueFromConversationHistory,
     ContinueFromRawPrompt,
@@ -125,7 +126,11 @@ async def _required_call(
     converted: dict[str, str] = {}
     tool_format = serving.tool_format_for(body)
     for tool in body.tools:
-        for schema in schemas_needed(tool_format, [tool], body.tool_choice):
+        try:
+            schemas = schemas_needed(tool_format, [tool], body.tool_choice)
+        except CallNotForced as reason:
+            return _no_grammar_of(tool, GrammarSyntaxError(str(reason)))
+        for schema in schemas:
             gbnf = converted.get(schema) or await preparer.gbnf_of_schema(schema)
             if not isinstance(gbnf, str):
                 return _no_grammar_of(tool, gbnf)

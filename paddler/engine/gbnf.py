@@ -210,13 +210,15 @@ class _Reader:
         first = self._text[self._at]
         if first == '"':
             literal = self._take(_LITERAL, "the end of a string")[1]
-            codes = [_code(character) for character in _CHARACTER.findall(literal)]
+            codes = [self._code(character) for character in _CHARACTER.findall(literal)]
+            if any(0xD800 <= code <= 0xDFFF for code in codes):
+                raise GrammarUnfit("grammar has half of a surrogate pair in a string: it is no character")
             return (
                 self._in_turn([self._one_of(((code, code),)) for code in codes]) if codes else self._nothing
             )
         if first == "[":
             negated, members = self._take(_CLASS, "the end of a character class").groups()
-            return self._one_of(_ranges(members, negated=bool(negated))) if members else self._nothing
+            return self._one_of(self._ranges(members, negated=bool(negated))) if members else self._nothing
         if first in "<!":
             negated, token, text = self._take(_TOKEN, "a token").groups()
             return self._this_token(
@@ -231,6 +233,26 @@ class _Reader:
             self._at = name.end()
             return self._call(self._named(name[0]))
         return None
+
+    def _ranges(self, members: str, *, negated: bool) -> Ranges:
+        ranges = []
+        for low, high in _RANGE.findall(members):
+            first = self._code(low)
+            last = self._code(high) if high else first
+            if last < first:
+                raise GrammarUnfit(f"grammar has an empty range {_quoted(f'{low}-{high}')}")
+            ranges.append((first, last))
+        rest = _others(ranges)
+        return rest if negated else _others(rest)
+
+    def _code(self, written: str) -> int:
+        if len(written) == 1:
+            return ord(written)
+        kind, digits = written[1], written[2:]
+        code = int(digits, 16) if digits else ord(_CONTROLS.get(kind, kind))
+        if code > _LAST_CHARACTER:
+            raise GrammarUnfit(f"grammar has {written}, which is no character")
+        return code
 
     def _group(self) -> Build:
         self._depth += 1
@@ -343,21 +365,6 @@ class _Reader:
         )
 
 
-def _ranges(members: str, *, negated: bool) -> Ranges:
-    ranges = []
-    at = 0
-    while at < len(members):
-        match = _RANGE.match(members, at)
-        assert match is not None
-        at = match.end()
-        low = _code(match[1])
-        high = _code(match[2]) if match[2] else low
-        if low <= high:  # else there is no such character
-            ranges.append((low, high))
-    rest = _others(ranges)
-    return rest if negated else _others(rest)
-
-
 def _others(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Return all characters but these."""
     rest = []
@@ -367,13 +374,6 @@ def _others(ranges: Iterable[tuple[int, int]]) -> Ranges:
             rest.append((begin, low - 1))
         begin = max(begin, high + 1)
     return (*rest, (begin, _LAST_CHARACTER)) if begin <= _LAST_CHARACTER else tuple(rest)
-
-
-def _code(written: str) -> int:
-    if len(written) == 1:
-        return ord(written)
-    kind, digits = written[1], written[2:]
-    return int(digits, 16) if digits else ord(_CONTROLS.get(kind, kind))
 
 
 def _endable(rules: list[Rule]) -> set[Rule]:

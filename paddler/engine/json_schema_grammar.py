@@ -182,6 +182,8 @@ class _Conversion:
             if not isinstance(part, dict):
                 raise SchemaNotConvertible("a part of `allOf` is no schema that a value can fulfil")
             part = _constraints(part)
+            if not isinstance(part.get("properties", {}), dict):
+                raise SchemaNotConvertible("`properties` is no object")
             inner = list(_list_of(part.pop("allOf", []), "allOf"))
             if "$ref" in part:
                 inner.append(self._target(part.pop("$ref")))
@@ -224,7 +226,7 @@ class _Conversion:
     def _by_type(self, schema: dict[str, Any]) -> str:
         """Take the keywords of each type; those of other types say nothing about its values."""
         types = schema.get("type")
-        if types is None:
+        if "type" not in schema:
             types = [name for name, keywords in _OF_TYPE.items() if keywords & schema.keys()]
             types = [name for name in types if name != "integer"]
             if not types:
@@ -295,7 +297,7 @@ class _Conversion:
         items = schema.get("items", True)
         prefix = schema.get("prefixItems", items if isinstance(items, list) else None)
         self._primitive("ws")
-        if prefix is not None:
+        if prefix is not None or "prefixItems" in schema:
             return self._tuple(_list_of(prefix, "prefixItems"), least, most)
         if most is not None and most < least:
             raise SchemaNotConvertible("`maxItems` is less than `minItems`")
@@ -317,7 +319,7 @@ class _Conversion:
         return self._rule(f'"[" ws {body} ws "]"')
 
     def _string(self, schema: dict[str, Any]) -> str:
-        pattern, form = schema.get("pattern"), schema.get("format")
+        pattern, form = _text(schema, "pattern"), _text(schema, "format")
         lengths = "minLength" in schema or "maxLength" in schema
         known_format = form if form in _FORMATS else None
         if (pattern is not None) + lengths + (known_format is not None) > 1:
@@ -336,14 +338,14 @@ class _Conversion:
             raise SchemaNotConvertible("`maxLength` is less than `minLength`")
         return self._rule(rf'"\"" {character}{{{least},{"" if most is None else most}}} "\""')
 
-    def _pattern(self, pattern: Any, character: str) -> str:
+    def _pattern(self, pattern: str, character: str) -> str:
         try:
-            return gbnf_of_pattern(str(pattern), any_character=character)
+            return gbnf_of_pattern(pattern, any_character=character)
         except PatternNotConvertible as reason:
             raise SchemaNotConvertible(f"`pattern` is not supported in a grammar: {reason}") from None
 
     def _integer(self, schema: dict[str, Any]) -> str:
-        if schema.get("multipleOf", 1) != 1:
+        if _number_of(schema, "multipleOf") not in (None, 1):
             raise SchemaNotConvertible("`multipleOf` is not supported in a grammar")
         lows = [_bound(schema, "minimum", math.ceil), _bound(schema, "exclusiveMinimum", math.floor, 1)]
         highs = [_bound(schema, "maximum", math.floor), _bound(schema, "exclusiveMaximum", math.ceil, -1)]
@@ -355,6 +357,8 @@ class _Conversion:
             raise SchemaNotConvertible(f"a range of numbers is empty: {error}") from None
 
     def _number(self, schema: dict[str, Any]) -> str:
+        for keyword in schema:
+            _number_of(schema, keyword)
         if schema.get("minimum") == 0 and len(schema) == 1:
             return self._primitive("not-negative")
         if schema:
@@ -409,9 +413,9 @@ def _list_of(value: Any, keyword: str) -> list[Any]:
 
 
 def _count(schema: dict[str, Any], keyword: str) -> int | None:
-    value = schema.get(keyword)
-    if value is None:
+    if keyword not in schema:
         return None
+    value = schema[keyword]
     if not _is_a(value, "integer") or value < 0:
         raise SchemaNotConvertible(f"`{keyword}` is no count")
     if value > _MAX_REPETITIONS:
@@ -427,12 +431,23 @@ def _json_of(value: Any) -> str:
 
 
 def _bound(schema: dict[str, Any], keyword: str, to_integer: Any, step: int = 0) -> int | None:
-    value = schema.get(keyword)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    value = _number_of(schema, keyword)
+    return None if value is None else int(to_integer(value)) + step
+
+
+def _number_of(schema: dict[str, Any], keyword: str) -> int | float | None:
+    value = schema.get(keyword, 0)
+    # An integer beyond all floats is finite, but math.isfinite cannot say so.
+    if not _is_a(value, "number") or (isinstance(value, float) and not math.isfinite(value)):
         raise SchemaNotConvertible(f"`{keyword}` is no number")
-    return int(to_integer(value)) + step
+    return value if keyword in schema else None
+
+
+def _text(schema: dict[str, Any], keyword: str) -> str | None:
+    value = schema.get(keyword, "")
+    if not isinstance(value, str):
+        raise SchemaNotConvertible(f"`{keyword}` is no text")
+    return value if keyword in schema else None
 
 
 def _is_a(value: Any, name: Any) -> bool:
@@ -445,7 +460,7 @@ def _is_a(value: Any, name: Any) -> bool:
         case "null":
             return value is None
         case "integer" | "number" if isinstance(value, int | float) and not isinstance(value, bool):
-            return name == "number" or float(value).is_integer()
+            return name == "number" or isinstance(value, int) or value.is_integer()
         case "array":
             return isinstance(value, list)
         case "object":

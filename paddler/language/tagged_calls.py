@@ -90,10 +90,10 @@ class _Element:
         return properties.get(name) if isinstance(properties, dict) else None
 
     def value(self) -> Any:
-        types = _types(self.schema, 0)
+        types = types_named(self.schema, 0)
         if not self.children:
             is_text = self.text.strip() or not types & {"array", "object"} or "string" in types
-            return _typed(self.text, self.schema) if is_text else [] if "array" in types else {}
+            return typed_value(self.text, self.schema) if is_text else [] if "array" in types else {}
         if "object" not in types and all(name == "item" for name, _ in self.children):
             return [value for _, value in self.children]
         return dict(self.children)
@@ -175,7 +175,7 @@ def _tagged_arguments(text: str, at: int, tool: Tool | None, tags: _Tags) -> tup
         if tags.trims_line:
             value = value.removeprefix("\n").removesuffix("\n")
         said = key[2] if tags.key.groups > 1 else None
-        found[key[1].strip()] = value if said == "true" else _typed(value, schemas.get(key[1].strip()))
+        found[key[1].strip()] = value if said == "true" else typed_value(value, schemas.get(key[1].strip()))
         at = _behind_space(text, value_end.end())
     return ValidJson(found), end.end()
 
@@ -194,7 +194,7 @@ def _parameter_schemas(tool: Tool | None) -> Mapping[str, Any]:
 _WORDS = {"True": True, "False": False, "None": None}
 
 
-def _typed(text: str, schema: Any) -> Any:
+def typed_value(text: str, schema: Any) -> Any:
     """Return a value of a tag: text where the schema wants a string, else its JSON, else its text."""
     stripped = text.strip()
     value: Any = _WORDS.get(stripped)
@@ -204,13 +204,13 @@ def _typed(text: str, schema: Any) -> Any:
                 pass
             case _:
                 return text
-    types = _types(schema, 0)
-    if "string" in types and (isinstance(value, str) or not types & _types_of(value)):
+    types = types_named(schema)
+    if "string" in types and (isinstance(value, str) or not types & types_of(value)):
         return text
     return value
 
 
-def _types(schema: Any, depth: int) -> frozenset[str]:
+def types_named(schema: Any, depth: int = 0) -> frozenset[str]:
     """Return the types that a schema names, itself or in its alternatives; none: any type."""
     if not isinstance(schema, dict) or depth > 5:
         return frozenset()
@@ -220,13 +220,13 @@ def _types(schema: Any, depth: int) -> frozenset[str]:
     )
     if not types:
         examples = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
-        types = types.union(*[_types_of(example) for example in examples])
+        types = types.union(*[types_of(example) for example in examples])
     for word in ("anyOf", "oneOf", "allOf"):
-        types = types.union(*[_types(part, depth + 1) for part in schema.get(word, ())])
+        types = types.union(*[types_named(part, depth + 1) for part in schema.get(word, ())])
     return types
 
 
-def _types_of(value: Any) -> frozenset[str]:
+def types_of(value: Any) -> frozenset[str]:
     match value:
         case None:
             return frozenset({"null"})

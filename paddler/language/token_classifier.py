@@ -43,6 +43,8 @@ class SectionEnd:
     """A section of tool calls ends here; its text, without the marks around it."""
 
     text: str
+    is_open: bool = False
+    """The answer ended within it."""
 
 
 Item = tuple[Section, str] | SectionEnd
@@ -139,7 +141,7 @@ class TokenClassifier:
         self._counts[self._section] += self._header_weight
         self._header_weight = 0
         if self._place.kind is PlaceKind.TOOL_CALL:
-            shown.append(self._section_end())
+            shown.append(attrs.evolve(self._section_end(), is_open=True))
         return shown
 
     def usage(self, *, prompt_tokens: int, cached_prompt_tokens: int, input_image_tokens: int = 0) -> Usage:

@@ -39,8 +39,8 @@ class ToolCallParser:
         if self._length <= MAX_SECTION_CHARACTERS:
             self._pieces.append(text)
 
-    def finish(self) -> ToolCallOutcome:
-        """Return what the section was."""
+    def finish(self, *, is_cut: bool = False) -> ToolCallOutcome:
+        """Return what the section was; of one that was cut off nothing need be left that shows its syntax."""
         if self._length > MAX_SECTION_CHARACTERS:
             return ToolCallParseFailed(f"the section has more than {MAX_SECTION_CHARACTERS} characters")
         whole = "".join(self._pieces)
@@ -56,6 +56,8 @@ class ToolCallParser:
                 return ToolCallParsed(_with_ids(calls))
         if failure is not None:
             return ToolCallParseFailed(failure)
+        if is_cut:
+            return ToolCallParseFailed("the answer was cut off within the call")
         return UnrecognizedToolCallFormat(whole, "the text is of no known format")
 
 

@@ -17,7 +17,7 @@ from paddler.engine.pipe import Advance, Finish, Generate, GrammarRule, Picture,
 from paddler.errors import RemoteProtocolError
 from paddler.language.reasoning_formats import FAMILIES, Markers
 from paddler.language.template_environment import MAX_PROMPT_CHARACTERS
-from paddler.language.tool_formats import FALLBACK
+from paddler.language.tool_formats import FALLBACK, FORMATS, ToolFormat
 from paddler.messages.agent_socket import TERMINAL_LETTERS, Piece
 from paddler.messages.inference import (
     ContentPart,
@@ -118,6 +118,7 @@ class House:
         markers: Markers | None = None,
         enable_embeddings: bool = False,
         supports_images: bool = False,
+        tool_format: ToolFormat = FALLBACK,
     ) -> Serving:
         return Serving(
             engine=self.engine,
@@ -125,7 +126,7 @@ class House:
             chat_template=template,
             special_tokens={"bos_token": "<s>", "eos_token": "</s>", "nl_token": "\n"},
             markers=markers,
-            tool_format=FALLBACK,
+            tool_format=tool_format,
             control_tokens=CONTROL_TOKENS,
             supports_images=supports_images,
             most_image_tokens=2048,
@@ -506,6 +507,31 @@ async def test_a_stop_while_a_call_is_checked_ends_with_the_engines_word(autojum
         assert letters(house) == "TED"
 
 
+@pytest.mark.parametrize(
+    ("finish", "event"),
+    [
+        (Finish.LENGTH, "ToolCallParseFailed"),
+        (Finish.STOPPED, "ToolCallParseFailed"),
+        (Finish.END, "UnrecognizedToolCallFormat"),
+    ],
+)
+async def test_an_answer_cut_just_behind_the_mark_of_a_call_is_a_call_that_failed(
+    finish: Finish, event: str
+) -> None:
+    async with open_house() as house:
+        await house.start(1, with_tools())
+        house.slots.on_turn([advance(1, "<tool_call>", finish)])
+        assert [*events(house)[0]] == [event]
+        assert letters(house)[-1] == "D"
+
+
+async def test_a_section_that_ended_before_the_cut_was_not_cut() -> None:
+    async with open_house() as house:
+        await house.start(1, with_tools())
+        house.slots.on_turn([advance(1, "<tool_call>?</tool_call> So", Finish.LENGTH)])
+        assert [*events(house)[0]] == ["UnrecognizedToolCallFormat"]
+
+
 async def test_a_stop_does_not_wait_for_checks(autojump_clock: MockClock) -> None:
     async with open_house(delay=10) as house:
         await house.start(1, with_tools())
@@ -571,6 +597,18 @@ async def test_a_required_call_that_no_grammar_can_say_names_the_tool() -> None:
         assert house.terminal(1)[1] == {
             "GrammarSyntaxError": "`tool_choice` requires a call, and no grammar can be made of the "
             "parameters of tool 'odd': `uniqueItems` is not supported in a grammar"
+        }
+
+
+async def test_a_required_call_that_tags_cannot_carry_names_the_tool() -> None:
+    parameters = ToolParameters(type="object", properties={"a": {"type": "string", "pattern": "^z$"}})
+    odd = attrs.evolve(ADD, function=attrs.evolve(ADD.function, name="odd", parameters=parameters))
+    coder = next(tool_format for tool_format in FORMATS if tool_format.name == "qwen3-coder")
+    async with open_house(tool_format=coder) as house:
+        await house.start(1, attrs.evolve(with_tools(tool_choice="required"), tools=(odd,)))
+        assert house.terminal(1)[1] == {
+            "GrammarSyntaxError": "`tool_choice` requires a call, and no grammar can be made of the "
+            "parameters of tool 'odd': `pattern` of a string in a tag is not supported in a grammar"
         }
 
 

@@ -99,6 +99,24 @@ TWICE = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(
         ({"allOf": [{"maxLength": 2}, {"maxLength": 3}]}, "two different `maxLength`"),
         ({"allOf": [CLOSED, {"required": ["b"], "properties": {"b": {}}}]}, "forbids the other parts"),
         ({"properties": {"\ud800": {}}}, "no text"),
+        ({"type": "integer", "minimum": 10**309}, "empty"),
+        ({"type": "integer", "maximum": -(10**309)}, "empty"),
+        ({"type": "string", "minLength": 10**309}, "`minLength` beyond 2000"),
+        ({"type": "string", "format": ["date"]}, "`format` is no text"),
+        ({"type": "string", "format": {}}, "`format` is no text"),
+        ({"type": "string", "pattern": 5}, "`pattern` is no text"),
+        ({"type": "string", "pattern": ["a"]}, "`pattern` is no text"),
+        ({"type": "string", "pattern": None}, "`pattern` is no text"),
+        ({"type": "string", "minLength": None}, "`minLength` is no count"),
+        ({"type": "array", "maxItems": None}, "`maxItems` is no count"),
+        ({"type": "array", "prefixItems": None}, "`prefixItems` is no array"),
+        ({"type": "integer", "minimum": None}, "`minimum` is no number"),
+        ({"type": "number", "minimum": None}, "`minimum` is no number"),
+        ({"type": "number", "minimum": False}, "`minimum` is no number"),
+        ({"type": "integer", "multipleOf": True}, "`multipleOf` is no number"),
+        ({"type": "integer", "multipleOf": None}, "`multipleOf` is no number"),
+        ({"type": None}, "does not exist"),
+        ({"properties": 5, "additionalProperties": 0, "allOf": []}, "`properties` is no object"),
     ],
 )  # fmt: skip
 def test_schemas_that_no_grammar_says(schema: Any, reason: str) -> None:
@@ -116,11 +134,45 @@ def test_schemas_that_no_grammar_says(schema: Any, reason: str) -> None:
         {"$ref": "#/$defs/a~1b%20c", "$defs": {"a/b c": {"type": "null"}}},
         {"properties": {"next": {"$ref": "#"}}},
         nested(99),
+        {"type": "integer", "minimum": -(10**309), "maximum": 10**309},
+        {"enum": [10**309], "type": "integer"},
         {"allOf": [{"$ref": "#/$defs/a"}], "description": "one", "$defs": {"a": {"type": "string"}}},
     ],
 )
 def test_schemas_that_a_grammar_says(schema: Any) -> None:
     read_gbnf(gbnf_of_schema(json.dumps(schema)), "root")
+
+
+KEYWORDS = ["type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "properties", "required",
+            "additionalProperties", "items", "prefixItems", "minItems", "maxItems", "pattern", "format",
+            "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+            "multipleOf"]  # fmt: skip
+ODD_VALUES: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, False, 0, -1, 3, 1.5, 2.0, 1e300, 10**309, -(10**309), "", "a", "#", "#/properties/a", "(",
+     "date", "string", "object", "integer", "number", "array", ["string", "null"], ["date"], {}, []]
+)  # fmt: skip
+
+
+@given(
+    st.recursive(
+        ODD_VALUES,
+        lambda inner: (
+            st.lists(inner, max_size=2)
+            | st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=4)
+            | st.dictionaries(st.sampled_from("ab"), inner, max_size=2)
+        ),
+        max_leaves=12,
+    ),
+    st.sampled_from(KEYWORDS),
+    st.sampled_from([{}, *({"type": name} for name in ("object", "array", "string", "integer", "number"))]),
+)
+def test_whatever_stands_at_a_keyword_no_other_error_comes(
+    value: Any, keyword: str, beside: dict[str, Any]
+) -> None:
+    try:
+        gbnf_of_schema(json.dumps({**beside, keyword: value}))
+    except SchemaNotConvertible as refusal:
+        assert str(refusal)  # noqa: PT017 - most are refused, and some are sound
 
 
 def test_a_required_property_that_is_not_declared_is_there_all_the_same() -> None:

@@ -123,6 +123,15 @@ def test_what_nobody_knows_is_reported_with_its_text(text: str) -> None:
     assert outcome.ffi_error_message
 
 
+@pytest.mark.parametrize("text", ["", "\n", "get_wea", "call"])
+def test_a_call_that_was_cut_off_before_its_syntax_shows_failed(text: str) -> None:
+    parser = ToolCallParser(BY_NAME["hermes"], TOOLS)
+    parser.feed(text)
+    outcome = parser.finish(is_cut=True)
+    assert isinstance(outcome, ToolCallParseFailed)
+    assert "cut off" in outcome.payload
+
+
 def test_a_section_beyond_the_limit_is_refused_and_not_kept() -> None:
     parser = ToolCallParser(None, TOOLS)
     for _ in range(MAX_SECTION_CHARACTERS // 1024 + 1):

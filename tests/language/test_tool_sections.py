@@ -289,7 +289,7 @@ def test_marks_count_for_the_call_they_bound() -> None:
 
 def test_a_section_that_the_answer_leaves_open_ends_with_it() -> None:
     items, _ = classify(["<tool_call>", '{"name', "<"], tool_format=HERMES)
-    assert joined(items) == [(Section.TOOL_CALL, '{"name<'), SectionEnd('{"name<')]
+    assert joined(items) == [(Section.TOOL_CALL, '{"name<'), SectionEnd('{"name<', is_open=True)]
 
 
 def test_a_call_that_is_never_closed_ends_where_the_next_begins() -> None:
