@@ -13,7 +13,13 @@ from typing import Protocol
 
 import attrs
 import trio
-from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
+from trio_websocket import (
+    ConnectionClosed,
+    ConnectionRejected,
+    HandshakeError,
+    WebSocketConnection,
+    wrap_client_stream,
+)
 
 from paddler.agent.link_session import Connection
 from paddler.config import MAX_LINK_MESSAGE_BYTES, Address
@@ -105,7 +111,7 @@ class _Attempt:
         try:
             await self._run_on(stream, f"{address.host}:{address.port}", resource)
         except* HandshakeError as group:
-            self.problem = f"it refused the WebSocket: {group.exceptions[0]!r}"
+            self.problem = _refusal(group.exceptions[0])
         except* Exception as group:  # border: one link; the library's tasks raise whatever went wrong
             # Usually a ping that came while the library closed (trio-websocket #184); the line that the link
             # ended names it.
@@ -141,6 +147,16 @@ class _Attempt:
                 with trio.move_on_after(self.disconnect_timeout):
                     await websocket.aclose()
             library.cancel_scope.cancel()
+
+
+def _refusal(error: BaseException) -> str:
+    """Say what a server did that did not agree to a WebSocket."""
+    match error:
+        case ConnectionRejected(status_code=status):
+            question = ": is this the management service?" if status < 500 else ""
+            return f"it answered {status} instead of a WebSocket{question}"
+        case _:
+            return f"it refused the WebSocket: {error!r}"
 
 
 @attrs.frozen

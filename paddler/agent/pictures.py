@@ -100,11 +100,11 @@ def _silent_libtiff() -> Iterator[None]:
 
 def _data_of(url: str) -> bytes:
     head, comma, encoded = url.partition(",")
-    if not head.startswith("data:"):
+    if head[:5].lower() != "data:":  # scheme and media type have no case
         raise PictureRefused("remote images are not supported: the URL of an image must be a data URI")
     if not comma:
         raise PictureRefused("the data URI of an image has no comma")
-    if not head.endswith(";base64"):
+    if head[-7:].lower() != ";base64":
         raise PictureRefused("the data URI of an image is not base64")
     try:
         data = binascii.a2b_base64(encoded.strip(), strict_mode=True)

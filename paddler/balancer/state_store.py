@@ -57,12 +57,18 @@ def _file_path(url: str) -> Path:
     if not path:
         raise ConfigurationError(f"path cannot be empty in state database {url!r}")
     if not path.startswith("/"):
-        absolute = Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 Path's raises for ~unknown
         raise ConfigurationError(
             f"an absolute path is required in state database {url!r}: "
-            f"did you mean --state-database file://{absolute}"
+            f"did you mean --state-database file://{_absolute(path)}"
         )
     return Path(path)
+
+
+def _absolute(path: str) -> Path:
+    """Guess what a relative path was meant to be: with folders in it, most likely a slash was forgotten."""
+    if "/" in path and not path.startswith((".", "~")):
+        return Path("/", path)
+    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 Path's raises for ~unknown
 
 
 class MemoryStore:
@@ -108,7 +114,7 @@ class FileStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StateStoreError(f"cannot read state database {self._path}: {error}") from error
+            raise StateStoreError(f"cannot read state database {self._path}: {error.strerror}") from error
         if len(content) > MAX_FILE_BYTES:
             raise StateStoreError(f"state database {self._path} is larger than {MAX_FILE_BYTES} bytes")
         if not content:
@@ -126,10 +132,16 @@ class FileStore:
         found = self._read()
         document = _Document(state, found.version if found is not None else FILE_VERSION)
         text = json.dumps(unstructure(document), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        path = self._path.resolve()  # a symbolic link stays one
         try:
-            _write_atomically(self._path.resolve(), text.encode())  # a symbolic link stays one
-        except OSError as error:
-            raise StateStoreError(f"cannot write state database {self._path}: {error}") from error
+            _write_atomically(path, text.encode())
+        except OSError as error:  # its own text would name a temporary file
+            reason = error.strerror
+            if isinstance(error, FileNotFoundError):
+                reason = f"the folder {path.parent} does not exist"
+            elif isinstance(error, PermissionError):
+                reason = f"the folder {path.parent} is not writable"
+            raise StateStoreError(f"cannot write state database {self._path}: {reason}") from error
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

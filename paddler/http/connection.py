@@ -6,6 +6,7 @@ never knows what is served.
 """
 
 import logging
+import resource
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -32,8 +33,18 @@ from paddler.http.text_frames import TextFrames
 
 log = logging.getLogger(__name__)
 
-KEEP_ALIVE_TIMEOUT: Final = 5.0
-"""An idle connection ends after this; also the deadline for a request's head."""
+KEEP_ALIVE_TIMEOUT: Final = 75.0
+"""How long a connection may wait for another request. Clients let go of theirs earlier, many after 5 or
+60 seconds: whoever ends one first must not be us, or a request on its way is lost."""
+
+HEAD_TIMEOUT: Final = 5.0
+"""For a request's head, from its first byte on; for a connection's first one, from the connection on."""
+
+MAX_IDLE: Final = 10_000
+"""So many connections of a service may wait for another request, and not more than …"""
+
+IDLE_SHARE: Final = 0.25
+"""… this share of the descriptors that we may have; of more, the longest idle one ends."""
 
 PING_INTERVAL: Final = 3.0
 """WebSockets are pinged at once, then this often; clients may count on it."""
@@ -59,27 +70,49 @@ and does not survive a byte in them that is not ASCII. We take none of these off
 class Server:
     """Serve an ASGI app on streams that somebody else accepts."""
 
-    def __init__(
-        self, app: Any, *, max_message_bytes: int, keep_alive_timeout: float = KEEP_ALIVE_TIMEOUT
-    ) -> None:
+    def __init__(self, app: Any, *, max_message_bytes: int, max_idle: int | None = None) -> None:
         config = Config()
         config.accesslog = None
         config.errorlog = log
         config.include_server_header = False
-        config.keep_alive_timeout = keep_alive_timeout
         config.websocket_max_message_size = max_message_bytes
         config.websocket_ping_interval = PING_INTERVAL
         self._config = config
         self._app = ASGIWrapper(app)
         self._context = WorkerContext(max_requests=None)
+        self._idle = IdleConnections(_most_idle() if max_idle is None else max_idle)
 
     async def serve_stream(self, stream: trio.SocketStream) -> None:
         """Serve one connection until either side ends it. Closes the stream; never raises an Exception."""
-        await Connection(self._app, self._config, self._context, {}, stream).run()  # type: ignore[arg-type]  # as below
+        await Connection(self._app, self._config, self._context, stream, idle=self._idle).run()
 
     async def end_keep_alive(self) -> None:
         """Close idle connections now, and the others once their response is complete."""
         await self._context.terminated.set()
+
+
+def _most_idle() -> int:
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return MAX_IDLE
+    return min(MAX_IDLE, max(1, int(descriptors * IDLE_SHARE)))
+
+
+class IdleConnections:
+    """The connections that wait for another request, the longest idle first. All calls are plain."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._waiting: dict[Connection, None] = {}
+
+    def add(self, connection: "Connection") -> None:
+        """Take one more, and end the one that waits longest when they are too many."""
+        self._waiting[connection] = None
+        if len(self._waiting) > self._most:
+            next(iter(self._waiting)).abort()
+
+    def discard(self, connection: "Connection") -> None:
+        self._waiting.pop(connection, None)
 
 
 class Connection(TCPServer):
@@ -93,6 +126,19 @@ class Connection(TCPServer):
     """
 
     stream: trio.SocketStream  # type: ignore[assignment]  # upstream knows TLS, we do not
+
+    def __init__(
+        self,
+        app: ASGIWrapper,
+        config: Config,
+        context: WorkerContext,
+        stream: trio.SocketStream,
+        *,
+        idle: IdleConnections,
+    ) -> None:
+        super().__init__(app, config, context, {}, stream)  # type: ignore[arg-type]  # as above
+        self._idle = idle
+        self._request_wait = trio.CancelScope()
 
     async def run(self) -> None:
         self._reader = Reader(self.stream, self._handle_data, patience=self._patience)
@@ -124,6 +170,7 @@ class Connection(TCPServer):
                 server,
                 self.protocol_send,
             )
+            self._request_wait = _wait_of(HEAD_TIMEOUT)
             await self.idle_task.restart(tasks, self._idle_timeout)
             await self._reader.run()
             self._ending = True
@@ -138,6 +185,9 @@ class Connection(TCPServer):
         if data and isinstance(stream, WebSocket) and stream.is_diverted:
             await stream.receive_diverted(data)
         else:
+            # If a request was waited for, its head has begun; if not, that wait is over and has no deadline.
+            self._request_wait.deadline = min(self._request_wait.deadline, trio.current_time() + HEAD_TIMEOUT)
+            self._idle.discard(self)
             await self.protocol.handle(RawData(data))
 
     def _patience(self) -> float:
@@ -155,9 +205,11 @@ class Connection(TCPServer):
                 with _farewell():
                     await self._say_goodbye()
                     await self.protocol.handle(event)
-            case Updated():
+            case Updated(idle=is_idle):
                 with _farewell():
                     if not self._ending:  # else a timer would start that nobody stops
+                        if is_idle:
+                            self._wait_for_another_request()
                         await super().protocol_send(event)
 
     async def _write(self, data: bytes) -> None:
@@ -192,13 +244,22 @@ class Connection(TCPServer):
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the peer is gone already
 
+    def _wait_for_another_request(self) -> None:
+        assert isinstance(self.protocol.connection, h11.Connection)  # a WebSocket is never idle
+        if self.protocol.connection.trailing_data[0]:
+            self._request_wait = _wait_of(HEAD_TIMEOUT)  # its head came while we answered
+        else:
+            self._request_wait = _wait_of(KEEP_ALIVE_TIMEOUT)
+            self._idle.add(self)
+
     async def _idle_timeout(self) -> None:
-        with trio.move_on_after(self.config.keep_alive_timeout):
+        with self._request_wait:
             await self.context.terminated.wait()
         self.abort()
 
     def abort(self) -> None:
         """Close the socket and end the reader at once; every task that uses them learns so. Plain call."""
+        self._idle.discard(self)
         self.stream.socket.close()
         self._reader.cancel()  # it may be waiting for something else than the socket
 
@@ -229,6 +290,10 @@ class Connection(TCPServer):
             raise trio.ClosedResourceError("this WebSocket is closed")
         frame = stream.connection.send
         await self._write(b"".join([frame(TextMessage(data=text)) for text in texts]))
+
+
+def _wait_of(seconds: float) -> trio.CancelScope:
+    return trio.CancelScope(deadline=trio.current_time() + seconds)
 
 
 def _farewell() -> trio.CancelScope:

@@ -214,10 +214,18 @@ class SocketClient:
 
     def _refuse_misshapen(self, message: Any, reason: RemoteProtocolError) -> None:
         """Tell a client what is wrong with its request, if it is one with an id: it would wait for ever."""
+        description = f"Json deserialize error: {reason}"
         match message:
-            case {"Request": {"id": str(request_id)}} if len(request_id) <= MAX_ID_LENGTH:
-                misshapen = StreamError(400, f"Json deserialize error: {reason}")
-                self._outbox.put(wire.encode(error_envelope(request_id=request_id, error=misshapen)))
+            case {"Request": {"id": str(request_id)}} | {"id": str(request_id)}:
+                pass
+            case {"Request": {"id": int() | float() as number}} if not isinstance(number, bool):
+                request_id = wire.encode(number)
+                description = "Request id must be a text, not a number"
+            case _:
+                return
+        if len(request_id) <= MAX_ID_LENGTH:
+            misshapen = StreamError(400, description)
+            self._outbox.put(wire.encode(error_envelope(request_id=request_id, error=misshapen)))
 
     def _start(self, request_id: str, frame: Request) -> None:
         if len(request_id) > MAX_ID_LENGTH:

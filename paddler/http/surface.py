@@ -43,7 +43,7 @@ BACKLOG: Final = 2048
 
 BODY_TIMEOUT: Final = 60.0
 """A request's body has to be complete this long after the app asked for it; else 408. The deadline
-of the head is KEEP_ALIVE_TIMEOUT."""
+of the head is HEAD_TIMEOUT."""
 
 GRACEFUL_TIMEOUT: Final = 1.0
 """What is still unsent this long after a surface was told to end is cut."""

@@ -22,6 +22,7 @@ MAX_NESTING = 100
 
 MAX_NAMES = 3
 MAX_NAME_CHARACTERS = 100
+MAX_QUOTED_NUMBER = 10**40
 """How much a refusal quotes."""
 
 INVALID = (cattrs.BaseValidationError, TypeError, ValueError)
@@ -123,18 +124,25 @@ def _structure_number(value: Any, form: Any) -> int | float:
             if type(value) is not int:
                 raise TypeError(f"expected an integer, got {kind_of(value)}")
             if not lowest <= value <= highest:
-                raise ValueError(
-                    f"integer {value if abs(value) < 10**40 else 'of that size'} is out of range"
-                )
+                raise _out_of_range(value, lowest, highest)
             return value
         case FloatRange(largest):
             if type(value) not in (int, float):
                 raise TypeError(f"expected a number, got {kind_of(value)}")
             if abs(value) > largest or not math.isfinite(value):
-                raise ValueError("number is out of range")
+                raise _out_of_range(value, -largest, largest)
             return float(value)
         case _:
             raise AssertionError(form)
+
+
+def _out_of_range(value: float, lowest: float, highest: float) -> ValueError:
+    found = _number(value) if abs(value) < MAX_QUOTED_NUMBER else "a number of that size"
+    return ValueError(f"must be between {_number(lowest)} and {_number(highest)}: {found} is out of range")
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.8g}"
 
 
 converter.register_structure_hook_func(lambda form: _range_of(form) is not None, _structure_number)
@@ -170,6 +178,30 @@ def _structure_tuple_factory(form: Any) -> Any:
         return tuple(items)
 
     return structure_tuple
+
+
+def _is_object_of(form: Any) -> bool:
+    return get_origin(form) is dict and form != dict[str, Any]
+
+
+@converter.register_structure_hook_factory(_is_object_of)
+def _structure_object_factory(form: Any) -> Any:
+    """Make the hook of objects with keys of the client's choice; cattrs' own takes whatever has items()."""
+    item = get_args(form)[1]
+    hook = converter.get_structure_hook(item)
+
+    def structure_object(value: Any, _: Any) -> dict[str, Any]:
+        require_object(value)
+        items: dict[str, Any] = {}
+        for key, element in value.items():
+            try:
+                items[key] = hook(element, item)
+            except INVALID as error:
+                error.add_note(cattrs.IterableValidationNote("", key[:MAX_NAME_CHARACTERS], item))
+                raise cattrs.IterableValidationError("", [error], form) from None
+        return items
+
+    return structure_object
 
 
 def require_object(value: Any) -> None:

@@ -50,17 +50,28 @@ def encode(message: object, form: Any = None) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON text; no NaN, no infinite number (1e400), no lone surrogate. Raises RemoteProtocolError."""
+    """Parse JSON text; no NaN, no infinite number (1e400), no lone surrogate. Raises RemoteProtocolError.
+
+    What is wrong is said in our words or the JSON parser's; Python's own would mean nothing to a client.
+    """
     try:
         if isinstance(text, bytes):
             text = text.decode()  # json.loads would guess the encoding and let encoded surrogates pass
         if len(text) > LONG_TEXT_CHARACTERS and sum(map(text.count, "[{,")) > MAX_BRANCHES:
-            raise ValueError("too many values for one message")
+            raise RemoteProtocolError("too many values for one message")
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
         if _SURROGATE_ESCAPE.search(text):
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be tokenised or sent on
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise RemoteProtocolError(str(error)) from None
+    except UnicodeDecodeError as error:
+        raise RemoteProtocolError(f"byte {error.start} is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise RemoteProtocolError("a lone surrogate cannot be written in UTF-8") from None
+    except RecursionError:
+        raise RemoteProtocolError("nested too deeply") from None
+    except ValueError:
+        raise RemoteProtocolError("an integer has too many digits") from None
     return value
 
 
@@ -82,12 +93,12 @@ def unstructure(message: object, form: Any = None) -> Any:
 def _finite_float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise ValueError(f"number {digits[:MAX_NAME_CHARACTERS]} is out of range")
+        raise RemoteProtocolError(f"number {digits[:MAX_NAME_CHARACTERS]} is out of range: beyond 1.8e+308")
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise RemoteProtocolError(f"{name} is not JSON")
 
 
 # Families tagged by their variant's name.

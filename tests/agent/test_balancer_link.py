@@ -348,10 +348,22 @@ async def test_a_server_that_accepts_and_never_answers_is_tried_again_and_left_a
 
 
 @pytest.mark.parametrize(
-    "reply", [b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n", b"SSH-2.0-whatever\r\n", b""]
+    ("reply", "words"),
+    [
+        (
+            b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n",
+            "it answered 404 instead of a WebSocket: is this the management service?",
+        ),
+        (
+            b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n",
+            "it answered 502 instead of a WebSocket",
+        ),
+        (b"SSH-2.0-whatever\r\n", "it did not answer the WebSocket handshake within 5 s"),
+        (b"", "it did not answer the WebSocket handshake within 5 s"),
+    ],
 )
 async def test_a_server_of_another_kind_is_no_balancer(
-    patient_clock: MockClock, caplog: pytest.LogCaptureFixture, reply: bytes
+    patient_clock: MockClock, caplog: pytest.LogCaptureFixture, reply: bytes, words: str
 ) -> None:
     async def stranger(stream: trio.SocketStream) -> None:
         await stream.receive_some(1024)
@@ -364,7 +376,7 @@ async def test_a_server_of_another_kind_is_no_balancer(
         await trio.sleep(8)
         agent.cancel_scope.cancel()
     assert sessions.count == 0
-    assert len(caplog.records) == 1
+    assert caplog.messages == [f"no link to the balancer at localhost:{port}: {words}; trying again"]
 
 
 async def test_pings_while_the_agent_leaves_do_no_harm(patient_clock: MockClock) -> None:

@@ -13,6 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from paddler.agent.pictures import MAX_SIDE, PictureRefused, decode_picture
+from paddler.agent.refusals import refuse_early
+from paddler.messages.inference import (
+    ContinueFromConversationHistory,
+    ConversationMessage,
+    ImagePart,
+    ImageUrl,
+)
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -205,6 +212,19 @@ def test_what_cannot_be_shown_is_refused(data: bytes, problem: str) -> None:
 )
 def test_a_url_that_is_no_data_uri_in_base64_is_refused(url: str, problem: str) -> None:
     assert problem in refusal(url)
+
+
+@pytest.mark.parametrize("head", ["DATA:IMAGE/PNG;BASE64,", "Data:image/PNG;Base64,", "data:;base64,"])
+def test_scheme_and_media_type_of_a_data_uri_have_no_case(head: str) -> None:
+    url = head + base64.b64encode(encoded(Image.new("RGB", (2, 1), RED), "PNG")).decode()
+    assert decode_picture(url, resize_to_fit=64)["width"] == 2
+    conversation = ContinueFromConversationHistory(
+        add_generation_prompt=True,
+        conversation_history=(ConversationMessage("user", (ImagePart(ImageUrl(url)),)),),
+        enable_thinking=False,
+        max_tokens=1,
+    )
+    assert refuse_early(conversation) is None
 
 
 def test_what_pillow_thinks_of_an_image_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -94,14 +94,17 @@ def test_urls_that_name_no_store(url: str, words: str) -> None:
     ("url", "path"),
     [
         ("file://state.json", Path.cwd() / "state.json"),
+        ("file://./data/state.json", Path.cwd() / "data/state.json"),
+        ("file://../state.json", Path.cwd() / "../state.json"),
         ("file://~/state.json", Path.home() / "state.json"),
+        ("file://tmp/own/x.json", Path("/tmp/own/x.json")),  # two slashes instead of three
     ],
 )
 def test_a_relative_path_is_refused_with_the_absolute_one(url: str, path: Path) -> None:
     with pytest.raises(ConfigurationError) as refusal:
         open_state_store(url)
     assert "an absolute path is required" in str(refusal.value)
-    assert f"--state-database file://{path}" in str(refusal.value)
+    assert str(refusal.value).endswith(f"did you mean --state-database file://{path}")
 
 
 # Files
@@ -231,3 +234,21 @@ def unusable(tmp_path: Path) -> dict[str, Path]:
 async def test_what_is_no_usable_file_is_an_error(unusable: dict[str, Path], kind: str) -> None:
     with pytest.raises(StateStoreError, match=unusable[kind].name):
         await FileStore(unusable[kind]).store(HUB_STATE)
+
+
+async def test_a_missing_folder_is_named_and_no_temporary_file(unusable: dict[str, Path]) -> None:
+    path = unusable["orphan"]
+    with pytest.raises(StateStoreError) as failure:
+        await FileStore(path).store(HUB_STATE)
+    assert (
+        str(failure.value) == f"cannot write state database {path}: the folder {path.parent} does not exist"
+    )
+
+
+async def test_what_the_system_says_is_said_without_its_number_and_another_path(
+    unusable: dict[str, Path],
+) -> None:
+    path = unusable["below a file"]
+    with pytest.raises(StateStoreError) as failure:
+        await FileStore(path).store(HUB_STATE)
+    assert str(failure.value) == f"cannot read state database {path}: Not a directory"

@@ -1,7 +1,8 @@
 import inspect
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ from hypercorn.trio.tcp_server import TCPServer
 from wsproto.events import BytesMessage, CloseConnection, TextMessage
 
 from paddler.balancer.running_requests import Reply
-from paddler.http.connection import Connection, Http1, MessageBuffer, Server, WebSocket
+from paddler.http.connection import (
+    HEAD_TIMEOUT,
+    KEEP_ALIVE_TIMEOUT,
+    Connection,
+    Http1,
+    MessageBuffer,
+    Server,
+    WebSocket,
+)
 from paddler.messages.inference import TokenRequest
 from tests.http.support import (
     RAW_PROMPT,
@@ -195,23 +204,125 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         assert (await client.answer()).text == "OK"
 
 
-@pytest.mark.parametrize("head", ["nothing", "half a head", "a stream", "an answer"])
-async def test_an_idle_connection_ends_after_the_keep_alive_timeout(head: str) -> None:
-    async def app(_scope: object, receive: object, send: Callable[[object], Awaitable[None]]) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        if head == "a stream":
-            await send({"type": "http.response.body", "body": b"a", "more_body": True})
+REQUEST = http_request("GET", "/")
+
+
+async def answer_empty(scope: dict[str, str], _: object, send: Callable[[object], Awaitable[None]]) -> None:
+    """An app; its answer is a stream where the path says so."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+    await send({"type": "http.response.body", "body": b"a", "more_body": scope["path"] == "/stream"})
+    if scope["path"] == "/stream":
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    server = Server(app, max_message_bytes=1000, keep_alive_timeout=0.1)
+
+@asynccontextmanager
+async def served_by(server: Server, nursery: trio.Nursery) -> AsyncIterator[RawClient]:
     ours, theirs = await _stream_pair()
-    async with RawClient(theirs) as client, trio.open_nursery() as nursery:
-        nursery.start_soon(server.serve_stream, ours)
-        if head in ("a stream", "an answer"):
+    nursery.start_soon(server.serve_stream, ours)
+    async with RawClient(theirs) as client:
+        yield client
+
+
+@pytest.fixture
+def patient_clock() -> trio.testing.MockClock:
+    """An autojumping clock that waits until data on the loopback device has arrived."""
+    return trio.testing.MockClock(autojump_threshold=0.02)
+
+
+async def end_of(client: RawClient) -> float:
+    """Return when the server ended the connection, without another word."""
+    assert await client.stream.receive_some(1) == b""
+    return trio.current_time()
+
+
+@pytest.mark.parametrize("head", [b"", b"G", b"GET / HT"])
+async def test_the_first_request_of_a_connection_has_the_time_of_a_head(
+    patient_clock: trio.testing.MockClock, nursery: trio.Nursery, head: bytes
+) -> None:
+    async with served_by(Server(answer_empty, max_message_bytes=1000), nursery) as client:
+        began = trio.current_time()
+        await trio.sleep(2)
+        if head:
+            await client.send(head)
+        assert await end_of(client) - began == pytest.approx(HEAD_TIMEOUT, abs=0.5)
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+async def test_a_connection_waits_long_for_another_request(
+    patient_clock: trio.testing.MockClock, nursery: trio.Nursery, path: str
+) -> None:
+    async with served_by(Server(answer_empty, max_message_bytes=1000), nursery) as client:
+        for pause in (0, 15, 60):  # so long clients keep connections
+            await trio.sleep(pause)
+            assert (await client.request("GET", path)).status == 200
+        began = trio.current_time()
+        assert await end_of(client) - began == pytest.approx(KEEP_ALIVE_TIMEOUT, abs=0.5)
+
+
+@pytest.mark.parametrize("idle", [0, 10, 60])
+async def test_the_head_of_another_request_has_its_time_from_the_first_byte_on(
+    patient_clock: trio.testing.MockClock, nursery: trio.Nursery, idle: float
+) -> None:
+    async with served_by(Server(answer_empty, max_message_bytes=1000), nursery) as client:
+        assert (await client.request("GET", "/")).status == 200
+        await trio.sleep(idle)
+        began = trio.current_time()
+        await client.send(b"G")
+        await trio.sleep(HEAD_TIMEOUT - 2)
+        await client.send(b"E")  # does not put off the end
+        assert await end_of(client) - began == pytest.approx(HEAD_TIMEOUT, abs=0.5)
+
+
+async def test_a_head_that_is_complete_in_time_is_served(
+    patient_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    async with served_by(Server(answer_empty, max_message_bytes=1000), nursery) as client:
+        for _ in range(3):
+            await client.send(REQUEST[:5])
+            await trio.sleep(HEAD_TIMEOUT - 1)
+            await client.send(REQUEST[5:])
+            assert (await client.answer()).status == 200
+
+
+async def test_half_a_head_behind_a_request_has_its_time_from_the_answer_on(
+    patient_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    async with served_by(Server(answer_empty, max_message_bytes=1000), nursery) as client:
+        await client.send(REQUEST + REQUEST[:5])
+        assert (await client.answer()).status == 200
+        began = trio.current_time()
+        assert await end_of(client) - began == pytest.approx(HEAD_TIMEOUT, abs=0.5)
+
+
+async def test_of_too_many_idle_connections_the_longest_idle_ends(nursery: trio.Nursery) -> None:
+    server = Server(answer_empty, max_message_bytes=1000, max_idle=2)
+    async with (
+        served_by(server, nursery) as first,
+        served_by(server, nursery) as second,
+        served_by(server, nursery) as third,
+    ):
+        for client in (first, second, first, third):
             assert (await client.request("GET", "/")).status == 200
-        elif head == "half a head":
-            await client.send(b"GET / HT")
-        assert await client.ends()
+        assert await second.ends()
+        await third.send(REQUEST[:5])  # is idle no more, so there is room again
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        async with served_by(server, nursery) as fourth:
+            for client in (fourth, first, fourth):
+                assert (await client.request("GET", "/")).status == 200
+            await third.send(REQUEST[5:])
+            assert (await third.answer()).status == 200
+            assert await first.ends()
+
+
+async def test_the_end_of_keep_alive_closes_idle_and_new_connections_at_once(nursery: trio.Nursery) -> None:
+    server = Server(answer_empty, max_message_bytes=1000)
+    async with served_by(server, nursery) as idle, served_by(server, nursery) as new:
+        assert (await idle.request("GET", "/")).status == 200
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await server.end_keep_alive()
+        with trio.fail_after(1):
+            assert await idle.ends()
+            assert await new.ends()
 
 
 async def _stream_pair() -> tuple[trio.SocketStream, trio.SocketStream]:

@@ -10,7 +10,15 @@ from paddler.balancer.running_requests import Reply
 from paddler.http.inference_socket import OUTBOX_BYTES, Outbox
 from paddler.messages.inference import TokenRequest
 from paddler.messages.tokens import StreamError
-from tests.http.support import DONE, applicable, http_request, inference_room, open_socket, stream_error
+from tests.http.support import (
+    DONE,
+    RAW_PROMPT,
+    applicable,
+    http_request,
+    inference_room,
+    open_socket,
+    stream_error,
+)
 
 PATH = "/api/v1/inference_socket"
 DISABLED = {"Notification": "TokenGenerationDisabled"}
@@ -197,7 +205,10 @@ async def test_invalid_parameters_are_an_error_of_their_id_only(changes: dict[st
         "no JSON",
         "[" * 100_000,
         '"Request"',
-        '{"Request": {"id": 1}}',
+        '{"Request": {"id": null}}',
+        '{"Request": {"id": true, "request": {}}}',
+        '{"Request": {"id": ["1"]}}',
+        '{"id": 1}',
         '{"Request": {"request": {}}}',
         '{"Notification": "Unknown"}',
         '{"Notification": {"StopRespondingTo": 5}}',
@@ -236,6 +247,35 @@ async def test_a_request_of_a_wrong_shape_is_an_error_of_its_id(request_: Any, w
         assert words in error.description
         await websocket.ask("1")
         assert result(await websocket.receive()) == {"ContentToken": "Hi"}
+
+
+@pytest.mark.parametrize(("number", "text"), [("6", "6"), ("-1.5", "-1.5"), ("9" * 4000, "9" * 4000)])
+async def test_an_id_that_is_a_number_is_an_error_of_its_text(number: str, text: str) -> None:
+    async with inference_room() as room, await room.connect() as client:
+        websocket = await open_socket(client)
+        raw_prompt = RAW_PROMPT.decode()
+        await websocket.send(
+            f'{{"Request": {{"id": {number}, "request": {{"ContinueFromRawPrompt": {raw_prompt}}}}}}}'
+        )
+        with trio.fail_after(5):
+            refusal = await websocket.receive()
+        assert request_id(refusal) == text
+        error = stream_error(refusal)
+        assert (error.code, error.description) == (400, "Request id must be a text, not a number")
+
+
+async def test_a_request_without_its_envelope_is_an_error_of_its_id() -> None:
+    async with inference_room() as room, await room.connect() as client:
+        websocket = await open_socket(client)
+        await websocket.send({"id": "1", "request": {"ContinueFromRawPrompt": {}}})
+        with trio.fail_after(5):
+            refusal = await websocket.receive()
+        assert request_id(refusal) == "1"
+        assert stream_error(refusal) == StreamError(
+            400,
+            "Json deserialize error: expected an object with exactly one key, one of "
+            "`Error`, `Notification`, `Request`",
+        )
 
 
 async def test_a_request_that_breaks_the_relay_ends_with_an_error_of_its_own(

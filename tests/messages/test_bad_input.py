@@ -2,6 +2,7 @@
 
 import json
 import re
+from random import Random
 from typing import Any, cast
 
 import pytest
@@ -16,7 +17,7 @@ from paddler.messages.inference import (
 from paddler.messages.inference_socket import ClientFrame
 from paddler.messages.state import DesiredState
 from paddler.messages.strict_json import MAX_NESTING
-from paddler.messages.wire import MAX_BRANCHES, decode, encode
+from paddler.messages.wire import MAX_BRANCHES, decode, encode, parse_json
 from tests.messages.test_documented_shapes import (
     CONVERSATION_JSON,
     DEFAULT_PARAMETERS_JSON,
@@ -61,13 +62,32 @@ REFUSED: list[tuple[tuple[Any, Any], str]] = [
     (raw_prompt(max_tokens="1"), "expected an integer, got a string @ $.max_tokens"),
     (raw_prompt(max_tokens=1.0), "expected an integer, got a number @ $.max_tokens"),
     (raw_prompt(max_tokens=True), "expected an integer, got a boolean @ $.max_tokens"),
-    (raw_prompt(max_tokens=2**31), "integer 2147483648 is out of range @ $.max_tokens"),
+    (
+        raw_prompt(max_tokens=2**31),
+        "must be between -2147483648 and 2147483647: 2147483648 is out of range @ $.max_tokens",
+    ),
     (raw_prompt(raw_prompt=None), "expected a string, got null @ $.raw_prompt"),
     (conversation(enable_thinking=0), "expected a boolean, got an integer @ $.enable_thinking"),
     (conversation(tools=None), "expected an array, got null @ $.tools"),
     (parameters(temperature="hot"), "expected a number, got a string @ $.inference_parameters.temperature"),
-    (parameters(temperature=1e39), "number is out of range @ $.inference_parameters.temperature"),
-    (parameters(n_batch=-1), "integer -1 is out of range @ $.inference_parameters.n_batch"),
+    (
+        parameters(temperature=1e39),
+        (
+            "must be between -3.4028235e+38 and 3.4028235e+38: 1e+39 is out of range "
+            "@ $.inference_parameters.temperature"
+        ),
+    ),
+    (
+        parameters(context_size=-1),
+        "must be between 0 and 4294967295: -1 is out of range @ $.inference_parameters.context_size",
+    ),
+    (
+        parameters(n_batch=10**40),
+        (
+            "must be between 0 and 18446744073709551615: a number of that size is out of range "
+            "@ $.inference_parameters.n_batch"
+        ),
+    ),
     # keys
     (
         without("max_tokens", ContinueFromRawPrompt, RAW_PROMPT_JSON),
@@ -76,8 +96,21 @@ REFUSED: list[tuple[tuple[Any, Any], str]] = [
     (without("model", DesiredState, DEFAULT_STATE_JSON), "missing field `model` @ $.model"),
     (raw_prompt(top_k=1, seed=2), "unknown field `seed`, `top_k`"),
     (raw_prompt(sampling={"topk": 1}), "unknown field `topk` @ $.sampling"),
-    (raw_prompt(sampling={"top_k": 2**31}), "integer 2147483648 is out of range @ $.sampling.top_k"),
-    (raw_prompt(sampling={"seed": -1}), "integer -1 is out of range @ $.sampling.seed"),
+    (
+        raw_prompt(sampling={"seed": -1}),
+        "must be between 0 and 18446744073709551615: -1 is out of range @ $.sampling.seed",
+    ),
+    *(
+        (
+            raw_prompt(sampling={"logit_bias": wrong}),
+            f"expected an object, got {kind} @ $.sampling.logit_bias",
+        )
+        for wrong, kind in [(" {", "a string"), ([], "an array"), (5, "an integer"), (False, "a boolean")]
+    ),
+    (
+        raw_prompt(sampling={"logit_bias": {"5": 1.5, "x" * 1000: "1"}}),
+        f"expected a number, got a string @ $.sampling.logit_bias['{'x' * 100}']",
+    ),
     (state(extra=1), "unknown field `extra`"),
     (parameters(seed=1), "unknown field `seed` @ $.inference_parameters"),
     (
@@ -147,9 +180,9 @@ REFUSED: list[tuple[tuple[Any, Any], str]] = [
             f"{reason} @ $.lora_adapters[0].scale",
         )
         for scale, reason in [
-            (100.5, "number is out of range"),
-            (-101, "number is out of range"),
-            (10**400, "number is out of range"),
+            (100.5, "must be between -100 and 100: 100.5 is out of range"),
+            (-101, "must be between -100 and 100: -101 is out of range"),
+            (10**400, "must be between -100 and 100: a number of that size is out of range"),
             ("1", "expected a number, got a string"),
             (None, "expected a number, got null"),
         ]
@@ -206,6 +239,111 @@ def test_wrong_input_is_refused_with_the_place_named(wrong: tuple[Any, Any], sen
         decode(json.dumps(value), form)
 
 
+FULL_CONVERSATION = CONVERSATION_JSON | {
+    "conversation_history": [
+        *cast("list[Any]", CONVERSATION_JSON["conversation_history"]),
+        {
+            "role": "assistant",
+            "content": "",
+            "name": "a",
+            "reasoning_content": "hm",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "content": "1", "tool_call_id": "1"},
+    ],
+    "documents": [{"title": "a"}],
+    "tool_choice": {"NamedTool": {"name": "get_weather"}},
+    "sampling": {
+        **dict.fromkeys(("temperature", "top_p", "min_p", "penalty_repeat", "penalty_frequency"), 0.5),
+        **dict.fromkeys(("penalty_presence", "penalty_last_n", "top_k", "seed", "top_logprobs"), 1),
+        **dict.fromkeys(("logprobs", "ignore_eos"), True),
+        "stop": ["a"],
+        "logit_bias": {"5": 1},
+    },
+}
+FULL_STATE = DEFAULT_STATE_JSON | {
+    "model": {"HuggingFace": {"repo_id": "a", "filename": "b", "revision": "c"}},
+    "multimodal_projection": {"Url": {"url": "a"}},
+    "chat_template_override": {"content": ""},
+    "lora_adapters": [{"source": {"LocalToAgent": "/a"}, "scale": 1}],
+}
+FULL: list[tuple[Any, Any]] = [
+    (ContinueFromConversationHistory, FULL_CONVERSATION),
+    (ContinueFromRawPrompt, RAW_PROMPT_JSON | {"grammar": {"type": "gbnf", "grammar": "", "root": ""}}),
+    (
+        GenerateEmbeddingBatch,
+        {
+            "input_batch": [{"id": "1", "content": "a"}],
+            "normalization_method": {"RmsNorm": {"epsilon": 1}},
+        },
+    ),
+    (DesiredState, FULL_STATE),
+    (ClientFrame, {"Request": {"id": "1", "request": {"ContinueFromRawPrompt": RAW_PROMPT_JSON}}}),
+    (ClientFrame, {"Notification": {"StopRespondingTo": "1"}}),
+    (ClientFrame, {"Error": {"request_id": "1", "error": {"code": 1, "description": ""}}}),
+]
+HOUSE_FORMS = re.compile(
+    r"(expected (an? |`)\w.*"
+    r"|must be between -?[\d.e+]+ and [\d.e+]+: .+ is out of range"
+    r"|unknown (field|variant) `.*|unknown `type`, expected one of .*|unknown notification, expected .*"
+    r"|missing field `\w+`|nested deeper than \d+ levels)"
+    r"( @ \$[^ ]*)?",
+    re.DOTALL,
+)
+PYTHON_WORDS = re.compile(
+    r"object has no|not iterable|subscriptable|Error|Exception|NoneType|<class|unhashable"
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of everything in a JSON value, itself included."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in items for place in places(item, (*path, key)))]
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    changed = value.copy()
+    changed[path[0]] = replaced(value[path[0]], path[1:], new)
+    return changed
+
+
+def random_json(random: Random, depth: int = 0) -> Any:
+    match random.randrange(12 if depth < 3 else 9):
+        case 0:
+            return None
+        case 1:
+            return random.random() < 0.5
+        case 2:
+            return random.choice([-1, 0, 1, 2**31, 2**64, -(10**50), 10**400])
+        case 3:
+            return random.choice([0.5, -1e39, 1e308])
+        case 4 | 5 | 6 | 7 | 8:
+            return random.choice(["", " {", "[]", "None", "items", "\0", "ß🦙", "x" * 200, "text", "Request"])
+        case 9:
+            return [random_json(random, depth + 1) for _ in range(random.randrange(3))]
+        case _:
+            keys = ["", "type", "id", "content", "url", "5", "None", "Url", "$", "x" * 200]
+            return {random.choice(keys): random_json(random, depth + 1) for _ in range(random.randrange(3))}
+
+
+@pytest.mark.parametrize(("form", "whole"), FULL)
+def test_every_wrong_value_is_refused_in_our_own_words(form: Any, whole: Any) -> None:
+    decode(json.dumps(whole), form)
+    random = Random(11)  # a seed, so that a failure stays
+    for path in places(whole):
+        for _ in range(40):
+            wrong = replaced(whole, path, random_json(random))
+            try:
+                decode(json.dumps(wrong), form)
+            except RemoteProtocolError as refusal:
+                sentence = str(refusal)
+                assert HOUSE_FORMS.fullmatch(sentence), (path, sentence)
+                assert not PYTHON_WORDS.search(re.sub(r"`[^`]*`", "", sentence)), (path, sentence)
+                assert len(sentence) < 700, (path, sentence)
+
+
 def test_one_wrong_item_ends_the_work_on_a_list() -> None:
     body = conversation(conversation_history=[{"role": 1, "content": 2}] * 100)[1]
     with pytest.raises(RemoteProtocolError) as refused:
@@ -223,6 +361,23 @@ def test_a_refusal_is_short_however_much_is_wrong() -> None:
         decode(json.dumps({"max_tokens": 1, "raw_prompt": "", **many}), ContinueFromRawPrompt)
     with pytest.raises(RemoteProtocolError, match=r"^unknown field `x{100}`$"):
         decode(json.dumps({"max_tokens": 1, "raw_prompt": "", "x" * 10_000: 0}), ContinueFromRawPrompt)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"max_tokens": ' + "9" * 5000 + "}", "an integer has too many digits"),
+        ("[" * 100_000, "nested too deeply"),
+        (r'"\ud800"', "a lone surrogate cannot be written in UTF-8"),
+        (b'"a\xff"', "byte 2 is not UTF-8"),
+        ("[NaN]", "NaN is not JSON"),
+        ("[1e400]", "number 1e400 is out of range: beyond 1.8e+308"),
+    ],
+    ids=["many digits", "deep", "lone surrogate", "not UTF-8", "not a number", "beyond floats"],
+)
+def test_what_json_cannot_say_is_refused_in_our_own_words(text: str | bytes, words: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=f"^{re.escape(words)}$"):
+        parse_json(text)
 
 
 @pytest.mark.parametrize(
