@@ -120,9 +120,12 @@ class ThreadCount:
                 self._is_trial = True
             return
         self._is_trial = False
-        if self._is_told and unchanged >= CALM:
+        if unchanged < CALM:
+            return
+        self._patience = FIRST_PATIENCE
+        self._in_vain_until = now
+        if self._is_told:
             self._is_told = False
-            self._patience = FIRST_PATIENCE
             self._report(f"the engine computes with all of its {self._most} threads again")
 
     def _has_helped(self) -> None:

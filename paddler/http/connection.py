@@ -6,7 +6,6 @@ never knows what is served.
 """
 
 import logging
-import resource
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -28,6 +27,7 @@ from wsproto.connection import ConnectionState as WebSocketState
 from wsproto.events import CloseConnection, Message, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
 
+from paddler.http.idle_connections import IdleConnections, most_idle
 from paddler.http.reading import Reader
 from paddler.http.text_frames import TextFrames
 
@@ -39,12 +39,6 @@ KEEP_ALIVE_TIMEOUT: Final = 75.0
 
 HEAD_TIMEOUT: Final = 5.0
 """For a request's head, from its first byte on; for a connection's first one, from the connection on."""
-
-MAX_IDLE: Final = 10_000
-"""So many connections of a service may wait for another request, and not more than …"""
-
-IDLE_SHARE: Final = 0.25
-"""… this share of the descriptors that we may have; of more, the longest idle one ends."""
 
 PING_INTERVAL: Final = 3.0
 """WebSockets are pinged at once, then this often; clients may count on it."""
@@ -80,7 +74,7 @@ class Server:
         self._config = config
         self._app = ASGIWrapper(app)
         self._context = WorkerContext(max_requests=None)
-        self._idle = IdleConnections(_most_idle() if max_idle is None else max_idle)
+        self._idle = IdleConnections(most_idle() if max_idle is None else max_idle)
 
     async def serve_stream(self, stream: trio.SocketStream) -> None:
         """Serve one connection until either side ends it. Closes the stream; never raises an Exception."""
@@ -89,30 +83,6 @@ class Server:
     async def end_keep_alive(self) -> None:
         """Close idle connections now, and the others once their response is complete."""
         await self._context.terminated.set()
-
-
-def _most_idle() -> int:
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if descriptors == resource.RLIM_INFINITY:
-        return MAX_IDLE
-    return min(MAX_IDLE, max(1, int(descriptors * IDLE_SHARE)))
-
-
-class IdleConnections:
-    """The connections that wait for another request, the longest idle first. All calls are plain."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._waiting: dict[Connection, None] = {}
-
-    def add(self, connection: "Connection") -> None:
-        """Take one more, and end the one that waits longest when they are too many."""
-        self._waiting[connection] = None
-        if len(self._waiting) > self._most:
-            next(iter(self._waiting)).abort()
-
-    def discard(self, connection: "Connection") -> None:
-        self._waiting.pop(connection, None)
 
 
 class Connection(TCPServer):

@@ -107,6 +107,20 @@ def test_threads_given_up_for_nothing_are_taken_back(count: int) -> None:
     assert host.count == count - 2
 
 
+def test_what_was_for_nothing_is_forgotten_on_a_calm_host() -> None:
+    host = Host(cores=64, count=64, friction=0.02)
+    threads = host.thread_count()
+    host.run(threads, seconds=100)
+    host.friction = 0
+    host.run(threads, seconds=CALM + 20)
+    host.others = 1
+    host.run(threads, seconds=2)
+    assert host.count == 63
+    host.others = 0
+    host.run(threads, seconds=FIRST_PATIENCE + 1)
+    assert host.count == 64
+
+
 def test_trials_get_rarer_and_are_not_reported() -> None:
     host = Host(others=1)
     host.run(host.thread_count(), seconds=4 * LONGEST_PATIENCE)
